@@ -1,0 +1,43 @@
+# make run: both notebooks, top to bottom.  make test: the whole test suite.  Nothing to install by hand.
+NOTEBOOKS := 01-train_embedding_with_validation.ipynb 02-C-MTEB_retrieval_evaluation.ipynb
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: run test lab lint export bench recipes python-version
+.DEFAULT_GOAL := run
+
+run: .venv/.run
+	$(BIN)/python -m embedding_tutorial.run_notebooks $(NOTEBOOKS)
+
+test: .venv/.dev
+	$(BIN)/python -m pytest
+
+lab: .venv/.run
+	$(BIN)/jupyter lab $(NOTEBOOKS)
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+
+# The teaching code lives in the notebooks; these two modules are written from their `#| export` cells.
+export: .venv/.dev
+	$(BIN)/python -c "from nbdev.export import nb_export; [nb_export(n, lib_path='embedding_tutorial') for n in '$(NOTEBOOKS)'.split()]"
+
+bench: .venv/.dev
+	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/encoding.py
+	$(BIN)/python benchmarks/search.py
+
+recipes: .venv/.dev
+	$(BIN)/python recipes/run_all.py
+
+python-version:
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(0 if sys.version_info >= (3, 11) else f"Python 3.11 or newer is needed, and $(PYTHON) is {v}. Try: make run PYTHON=python3.11")'
+
+.venv/.run: requirements.txt | python-version
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/.dev: .venv/.run requirements-dev.txt recipes/requirements.txt
+	$(BIN)/pip install --disable-pip-version-check -r requirements-dev.txt
+	touch $@
