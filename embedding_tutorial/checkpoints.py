@@ -135,7 +135,7 @@ def fingerprint(folder):
 
 
 def copy_companions(base, target):
-    """Copy what makes a model folder complete besides the weights: configuration, tokenizer, pooling, M3 heads."""
+    """Copy what a model folder needs besides the weights: configuration, tokenizer, pooling, M3 heads."""
     base, target = Path(base), Path(target)
     for file in sorted(base.rglob("*")):
         relative = file.relative_to(base)
@@ -178,8 +178,8 @@ def load_state(run_dir):
 
 def checkpoint_epochs(run_dir):
     """Epoch numbers of the `checkpoint-epoch-N` folders of a run, ascending."""
-    matches = (re.fullmatch(r"checkpoint-epoch-(\d+)", p.name) for p in Path(run_dir).glob("checkpoint-epoch-*"))
-    return sorted(int(m[1]) for m in matches if m)
+    folders = Path(run_dir).glob("checkpoint-epoch-*")
+    return sorted(int(m[1]) for m in (re.fullmatch(r"checkpoint-epoch-(\d+)", f.name) for f in folders) if m)
 
 
 def prune(run_dir, keep):

@@ -2,11 +2,11 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'retrieval_task', 'folder_fingerprint', 'subset_task', 'cut_into_shards', 'StoredEncoder',
-           'vector_identity', 'load_for_encoding', 'stored_encoder', 'best_passages', 'EmbedSearch', 'score_identity',
-           'move_corrupt_aside', 'evaluate_retrieval', 'memory_in_use', 'release', 'metric_table', 'interpolate',
-           'code_ranks']
+           'vector_identity', 'in_precision', 'load_for_encoding', 'stored_encoder', 'best_passages', 'EmbedSearch',
+           'score_identity', 'move_corrupt_aside', 'evaluate_retrieval', 'memory_in_use', 'release', 'metric_table',
+           'interpolate', 'code_ranks']
 
-# %% ../02-C-MTEB_retrieval_evaluation.ipynb #b8a7e869
+# %% ../02-C-MTEB_retrieval_evaluation.ipynb #60fc940f
 import gc
 import hashlib
 import json
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from . import checkpoints
 from .assets import AssetError, sha256_of, t2retrieval_source
-from .finetune import Encoder, embed, rank_of_positive, recall_at_1, mrr, save_model
+from .finetune import Encoder, embed, mrr, rank_of_positive, recall_at_1, save_model
 from .pocket_task import PocketT2
 from .profiles import relative
 
@@ -86,7 +86,7 @@ def cut_into_shards(texts, shard_characters):
         used += len(texts[i])
     return [shard for shard in shards if shard]
 
-# %% ../02-C-MTEB_retrieval_evaluation.ipynb #902f9e96
+# %% ../02-C-MTEB_retrieval_evaluation.ipynb #e74630e5
 class StoredEncoder:
     """Texts to vectors, in shards on disk. The model is loaded only when a shard is missing.
 
@@ -121,7 +121,7 @@ class StoredEncoder:
         self.encoder = self.encoder or self.load()
         with ThreadPoolExecutor(1) as pool, torch.inference_mode(), \
                 tqdm(total=sum(len(t) for n in missing for t in shards[n][1]), unit="char", unit_scale=True,
-                     desc=label, file=sys.stdout) as bar:
+                     desc=label, file=sys.stdout, delay=2) as bar:  # no bar for work of two seconds
             ahead = pool.submit(self.encoder.tokenize, shards[missing[0]][1])
             for place, n in enumerate(missing):
                 rows = ahead.result()
@@ -130,16 +130,20 @@ class StoredEncoder:
                 yield n, embed(self.encoder, rows, self.token_budget).float().cpu().numpy()
                 bar.update(sum(map(len, shards[n][1])))
 
-# %% ../02-C-MTEB_retrieval_evaluation.ipynb #a8408efe
+# %% ../02-C-MTEB_retrieval_evaluation.ipynb #b0a5197a
 def vector_identity(folder, max_length, precision):
     """Everything that changes the vectors of a model folder."""
     return {"model": checkpoints.fingerprint(folder), "max_length": max_length, "precision": precision}
 
 
-def load_for_encoding(folder, max_length, precision, device):
-    """An Encoder ready to encode: in half precision throughout for "fp16" and "bf16" (not autocast)."""
+def in_precision(encoder, precision, device):
+    """An Encoder ready to encode: for "fp16" and "bf16" its weights are in half precision (not autocast)."""
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-    return Encoder(folder, max_length).to(device=device, dtype=dtype).eval()
+    return encoder.to(device=device, dtype=dtype).eval()
+
+
+def load_for_encoding(folder, max_length, precision, device):
+    return in_precision(Encoder(folder, max_length), precision, device)
 
 
 def stored_encoder(folder, store, max_length=512, precision="fp32", device="cpu", **sizes):
@@ -147,7 +151,7 @@ def stored_encoder(folder, store, max_length=512, precision="fp32", device="cpu"
     return StoredEncoder(lambda: load_for_encoding(folder, max_length, precision, device),
                          vector_identity(folder, max_length, precision), store, **sizes)
 
-# %% ../02-C-MTEB_retrieval_evaluation.ipynb #b0659e87
+# %% ../02-C-MTEB_retrieval_evaluation.ipynb #6031ad9e
 def best_passages(q, p, top_k, block=256, device="cpu"):
     """Exact inner-product search: yields for each query (values, passage indices), best first, as arrays (k,).
 
@@ -175,7 +179,7 @@ class EmbedSearch:
     def search(self, queries, *, hf_subset, top_k, **kwargs):
         """{query id: {passage id: score}} with the `top_k` best passages of each query."""
         q = self.encoder(list(queries["text"]), f"queries ({hf_subset})")
-        found = tqdm(best_passages(q, self.passages, top_k, device=self.device), total=len(q), desc="search", file=sys.stdout)
+        found = tqdm(best_passages(q, self.passages, top_k, device=self.device), total=len(q), desc="search", file=sys.stdout, delay=2)
         return {query: dict(zip(self.ids[index], values.tolist(), strict=True))
                 for query, (values, index) in zip(queries["id"], found, strict=True)}
 
@@ -238,7 +242,7 @@ def metric_table(result, subset, cutoffs=(1, 3, 5, 10)):
     scores = next(s for s in result.scores["dev"] if s["hf_subset"] == subset)
     return {label: {k: scores[f"{key}_at_{k}"] for k in cutoffs} for label, key in METRICS.items()}
 
-# %% ../02-C-MTEB_retrieval_evaluation.ipynb #42afd08b
+# %% ../02-C-MTEB_retrieval_evaluation.ipynb #46fd7622
 def interpolate(base, tuned, alpha):
     """An Encoder with weights (1 − alpha) · base + alpha · tuned. base, tuned: Encoders of the same model."""
     start, end = base.state_dict(), tuned.state_dict()
@@ -249,7 +253,7 @@ def interpolate(base, tuned, alpha):
     model.load_state_dict(mixed)
     return model.to(base.device).eval()
 
-
+# %% ../02-C-MTEB_retrieval_evaluation.ipynb #5f808fcf
 def code_ranks(encoder, pairs, passages):
     """Ranks (n,) of each pair's code among `passages`, with any callable texts → vectors."""
     place = {text: i for i, text in enumerate(passages)}

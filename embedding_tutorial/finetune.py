@@ -266,14 +266,14 @@ class Encoder(torch.nn.Module):
         pooled = torch.cat([text[:, 0] if self.pooling == "cls" else text.mean(dim=1) for text in texts])
         return F.normalize(pooled if pooled.dtype == torch.float64 else pooled.float(), dim=-1)
 
-# %% ../01-train_embedding_with_validation.ipynb #f27ab4d1
+# %% ../01-train_embedding_with_validation.ipynb #a4435177
 def in_order(groups, parts):
     """Put the embeddings of groups, a list of tensors, back into the order of the texts: (n, dims)."""
     order = torch.tensor([i for group in groups for i in group])
     return torch.cat(parts)[order.argsort().to(parts[0].device)]
 
 
-def embed(encoder, texts, token_budget=4096, progress=False):
+def embed(encoder, texts, token_budget=1024, progress=False):
     """L2-normalised embeddings (n, dims), in the order given.
 
     texts: strings, or token ids already made by `encoder.tokenize`. token_budget: tokens that go through
@@ -286,7 +286,7 @@ def embed(encoder, texts, token_budget=4096, progress=False):
     bar = tqdm(groups, desc="embedding", file=sys.stdout, disable=not progress)
     return in_order(groups, [encoder([rows[i] for i in group]) for group in bar])
 
-# %% ../01-train_embedding_with_validation.ipynb #64d7b7b4
+# %% ../01-train_embedding_with_validation.ipynb #2be16697
 @dataclass(frozen=True)
 class TrainConfig:
     """The recipe. `batch_size` pairs make one update; `micro_batch` of them share their negatives."""
@@ -304,7 +304,7 @@ class TrainConfig:
     clip: float = 1.0                # largest gradient norm
     dropout: float | None = 0.0      # None: the model's own (0.1)
     max_length: int = 512            # tokens of queries and passages
-    precision: str = "fp32"          # "fp16" and "bf16" run under autocast; fp16 needs CUDA
+    precision: str = "fp32"          # "fp16" (CUDA) and "bf16" under autocast; the weights stay fp32
     token_budget: int = 1024         # tokens in one group; sets memory, not results
     keep_checkpoints: int = 2        # newest epochs kept on disk, besides best and final
     save_every: int = 0              # updates between resume points within an epoch; 0: every epoch
@@ -548,20 +548,21 @@ def recall_at_1(ranks):
 def mrr(ranks):
     return float((1 / np.asarray(ranks)).mean())
 
-# %% ../01-train_embedding_with_validation.ipynb #1269ecbe
-def evaluate(encoder, pairs, candidates=None, token_budget=4096, precision="fp32"):
+# %% ../01-train_embedding_with_validation.ipynb #a2c6cb72
+def evaluate(encoder, pairs, candidates=None, token_budget=1024):
     """Search the code of each pair among the codes of `candidates` (default: of the pairs themselves).
 
-    Equal codes count as one candidate. Returns {"ranks" (n,), "top" (n,) the text retrieved first,
+    Always without autocast, so that figures before, during and after training compare. Equal codes count as
+    one candidate. Returns {"ranks" (n,), "top" (n,) the text retrieved first,
     "recall@1", "mrr"}.
     """
     passages = list(dict.fromkeys(pair["pos_doc"] for pair in [*pairs, *(candidates or [])]))
     place = {text: i for i, text in enumerate(passages)}
     was_training = encoder.training
     encoder.eval()
-    with torch.no_grad(), autocast(encoder, precision):
-        q = embed(encoder, [pair["query"] for pair in pairs], token_budget).float()
-        p = embed(encoder, passages, token_budget).float()
+    with torch.no_grad():
+        q = embed(encoder, [pair["query"] for pair in pairs], token_budget)
+        p = embed(encoder, passages, token_budget)
     encoder.train(was_training)
     similarity = (q @ p.T).cpu().numpy()
     ranks = rank_of_positive(similarity, [place[pair["pos_doc"]] for pair in pairs])
@@ -644,14 +645,14 @@ def open_run(base, train_pairs, val_pairs, config, folder, device):
     checkpoints.write_json(folder / "config.json", {**identity, "train_pairs": len(train_pairs), "val_pairs": len(val_pairs)})
     return run, identity
 
-# %% ../01-train_embedding_with_validation.ipynb #9ddcb49e
+# %% ../01-train_embedding_with_validation.ipynb #7db4cc58
 def close_epoch(run, epoch, val_pairs, folder, identity):
     """Evaluate, write the epoch's checkpoint, keep the best one, then the state and the history."""
     h, per_epoch = run.history, updates_per_epoch(len(run.data["query"]), run.config)
     sizes = [len(batch_of(u, len(run.data["query"]), run.config)) for u in range(run.update - per_epoch, run.update)]
     steps = zip(h["step_losses"][-per_epoch:], h["step_accs"][-per_epoch:], sizes, strict=True)
     finite = [step for step in steps if step[0] is not None]
-    result = evaluate(run.encoder, val_pairs, token_budget=run.token_budget, precision=run.config.precision)
+    result = evaluate(run.encoder, val_pairs, token_budget=run.token_budget)
     h["epoch"].append(epoch)
     for name, column in (("epoch_loss", 0), ("epoch_acc", 1)):
         h[name].append(float(np.average([s[column] for s in finite], weights=[s[2] for s in finite])) if finite else None)

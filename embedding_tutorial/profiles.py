@@ -21,7 +21,7 @@ class Profile:
     label: str               # its short name in tables, figures and folders
     pairs: str               # the training data
     retrieval: str           # the retrieval test of notebook 02
-    precision: str           # of training: "fp32", "bf16" or "fp16"
+    precision: str           # of training: "fp16", "bf16", "fp32", or "auto" (see `training_precision`)
     token_budget: int        # tokens that go through the model at once while training
     encode_budget: int       # the same while encoding, where no graph is kept
     encode_precision: str    # of encoding for retrieval: weights and activations
@@ -41,7 +41,7 @@ PROFILES = {
         memory="GPU: not measured by us; by count 10 GB for weights, gradients, moments, plus one graph"),
     "pocket": Profile(
         name="pocket", model="sentence-transformers/all-MiniLM-L6-v2", label="MiniLM", pairs="pocket MBPP",
-        retrieval="PocketT2Retrieval", precision="fp32", token_budget=1024, encode_budget=1024,
+        retrieval="PocketT2Retrieval", precision="auto", token_budget=1024, encode_budget=1024,
         encode_precision="fp32", retrieval_length=512, shard_characters=50_000, learning_rate=5e-5,
         minutes="about 5 min on 2 CPU cores", memory="about 2.5 GB of RAM"),
 }
@@ -52,6 +52,19 @@ def device_of_this_machine():
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def training_precision(profile, device):
+    """The precision to train in: the profile's, or for "auto" bf16 where this CPU multiplies it natively.
+
+    The rule is the CPU's instruction set and not a timing, so that a machine gives the same weights twice.
+    `benchmarks/training.py` measures both: with AVX-512 BF16 (or AMX) bf16 is faster, without, far slower.
+    """
+    if profile.precision != "auto":
+        return profile.precision
+    can = torch.cpu.get_capabilities()
+    native = device == "cpu" and (can.get("avx512_bf16") or can.get("amx_bf16"))
+    return "bf16" if native else "fp32"
 
 
 def choose_profile(override=None):
@@ -106,7 +119,7 @@ def describe(profile, reason):
         "pairs": profile.pairs,
         "retrieval": profile.retrieval,
         "device": f"{device}  ({hardware}, {torch.get_num_threads()} CPU threads)",
-        "precision": f"{profile.precision} training",
+        "precision": f"{training_precision(profile, device)} training, {profile.encode_precision} encoding",
         "time": profile.minutes,
         "memory": profile.memory,
         "free disk": f"{assets.free_disk_gb(ROOT):.0f} GB",

@@ -28,7 +28,8 @@ class LiveClient(NotebookClient):
         code = [i for i, c in enumerate(self.nb.cells) if c.cell_type == "code"]
         if cell.cell_type == "code":
             lines = [line for line in cell.source.splitlines() if line.strip() and not line.startswith("#|")]
-            print(f"\n[cell {code.index(cell_index) + 1} of {len(code)}] {lines[0][:90] if lines else ''}", flush=True)
+            first = lines[0][:90] if lines else ""
+            print(f"\n[cell {code.index(cell_index) + 1} of {len(code)}] {first}", flush=True)
 
 
 def settle_carriage_returns(text):
@@ -61,7 +62,8 @@ def run(path):
     path = Path(path)
     notebook = nbformat.read(path, as_version=4)
     print(f"\n=== {path.name} ===", flush=True)
-    client = LiveClient(notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
+    resources = {"metadata": {"path": str(path.parent)}}
+    client = LiveClient(notebook, timeout=None, kernel_name="python3", resources=resources)
     client.on_cell_start = client.announce
     start = time.perf_counter()
     client.execute()
