@@ -13,7 +13,7 @@ test: .venv/.dev
 	$(BIN)/python -m pytest
 
 lab: .venv/.run
-	$(BIN)/jupyter lab $(NOTEBOOKS)
+	$(BIN)/jupyter lab $(firstword $(NOTEBOOKS))
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

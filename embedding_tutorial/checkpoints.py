@@ -6,6 +6,7 @@ previous version readable and at most a `.tmp` leftover, which `remove_leftovers
 """
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -22,7 +23,8 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 HEAD_FILES = ("colbert_linear.pt", "sparse_linear.pt")
 # Files of a model folder that change the vectors it gives, besides the weights.
 IDENTITY_FILES = ("config.json", "tokenizer.json", "modules.json", "1_Pooling/config.json",
-                  "sentencepiece.bpe.model", *HEAD_FILES)
+                  "sentence_bert_config.json", "config_sentence_transformers.json", "sentencepiece.bpe.model",
+                  *HEAD_FILES)
 
 
 # ---------------------------------------------------------------- files
@@ -173,7 +175,8 @@ def load_state(run_dir):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for a damaged file; all mean the same here
-        raise AssetError(f"{path} is damaged ({error}). Delete it to train from the start.") from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise AssetError(f"{path} is damaged ({reason}). Delete it to train from the start.") from error
 
 
 def checkpoint_epochs(run_dir):
@@ -256,7 +259,8 @@ class VectorStore:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             with open(temporary, "wb") as file:
-                np.save(file, vectors)
+                np.save(buffer := io.BytesIO(), vectors)  # np.save to a file misses a full disk
+                file.write(buffer.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())
             with atomic_file(self.folder / f"{key}.sha256", "w") as file:

@@ -66,7 +66,7 @@ def info_nce(q, p, temperature, duplicates=None, symmetric=False):
     accuracy = (S.argmax(dim=1) == torch.arange(len(q), device=S.device)).float().mean()
     return loss, accuracy.item()
 
-# %% ../01-train_embedding_with_validation.ipynb #e57683ee
+# %% ../01-train_embedding_with_validation.ipynb #2a9bca8e
 def read_text(path):
     """The file's text. AssetError when it is missing or not UTF-8."""
     try:
@@ -82,9 +82,12 @@ def read_rows(path):
     name, text = relative(path), read_text(path)
     try:
         if str(path).endswith(".jsonl"):
-            lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+            lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
         else:
-            lines = list(enumerate(json.loads(text), 1))
+            rows = json.loads(text)
+            if not isinstance(rows, list):
+                raise AssetError(f"{name}: not a list of rows but {type(rows).__name__}. Put the data there again.")
+            lines = list(enumerate(rows, 1))
         for number, row in lines:
             row = json.loads(row) if isinstance(row, str) and str(path).endswith(".jsonl") else row
             if not isinstance(row, dict):
@@ -94,7 +97,7 @@ def read_rows(path):
         place = f"row {number}" if str(path).endswith(".jsonl") else f"line {error.lineno}"
         raise AssetError(f"{name}, {place}: no valid JSON ({error.msg}). Correct or remove it.") from None
 
-
+# %% ../01-train_embedding_with_validation.ipynb #f9c8ca39
 def field_of(row, names, where):
     """The first of `names` present in the row, as a non-empty string; AssetError otherwise."""
     name = next((name for name in names if name in row), None)
@@ -102,9 +105,11 @@ def field_of(row, names, where):
         raise AssetError(f"{where}: no field {' or '.join(map(repr, names))}. Add it or remove the row.")
     if not isinstance(row[name], str) or not row[name].strip():
         raise AssetError(f"{where}: {name!r} is {row[name]!r}, not a text. Fill it in or remove the row.")
+    if row[name] != row[name].encode("utf-8", "ignore").decode():
+        raise AssetError(f"{where}: {name!r} holds half a surrogate pair, which is no text. Correct or remove the row.")
     return row[name]
 
-# %% ../01-train_embedding_with_validation.ipynb #83dcd970
+# %% ../01-train_embedding_with_validation.ipynb #5d2a45e8
 def read_mbpp(path):
     """Read either MBPP format. Returns [{"query", "pos_doc", "meta": {"task_id"}}]; AssetError on a bad row."""
     pairs = []
@@ -125,7 +130,8 @@ def read_pairs(path):
     for number, row in read_rows(path):
         where = f"{relative(path)}, row {number}"
         field_of(row, ("query",), where), field_of(row, ("pos_doc",), where)
-        if not all(isinstance(n, str) and n.strip() for n in row.get("neg", [])):
+        negatives = row.get("neg", [])
+        if not isinstance(negatives, list) or not all(isinstance(n, str) and n.strip() for n in negatives):
             raise AssetError(f"{where}: 'neg' must be a list of texts. Correct or remove it.")
         pairs.append(row)
     if not pairs:
@@ -311,7 +317,7 @@ class TrainConfig:
     max_bad_updates: int = 10        # non-finite updates in a row before the run stops
     seed: int = 42
 
-# %% ../01-train_embedding_with_validation.ipynb #dfdc201a
+# %% ../01-train_embedding_with_validation.ipynb #07abef30
 def updates_per_epoch(pairs, config):
     return math.ceil(pairs / config.batch_size)
 
@@ -320,6 +326,8 @@ def lr_share(update, updates, warmup_updates):
     """Share of the peak learning rate for update 0, 1, … ; exactly 0 for `update == updates`, after the last."""
     if update < warmup_updates:
         return (update + 1) / (warmup_updates + 1)
+    if update >= updates:
+        return 0.0
     return 0.5 * (1 + math.cos(math.pi * (update - warmup_updates) / (updates - warmup_updates)))
 
 
@@ -605,7 +613,7 @@ def restore_run(run, state):
     for name in ("token_budget", "update", "bad_in_a_row", "best_mrr", "history"):
         setattr(run, name, state[name])
 
-# %% ../01-train_embedding_with_validation.ipynb #e6f89f03
+# %% ../01-train_embedding_with_validation.ipynb #4959173b
 def check_before_training(base, train_pairs, val_pairs, config, folder, device):
     """Raise AssetError for anything that would fail or mislead later."""
     if len(train_pairs) < config.batch_size:
@@ -617,6 +625,8 @@ def check_before_training(base, train_pairs, val_pairs, config, folder, device):
     leaked = [n for n, pair in enumerate(val_pairs, 1) if (pair["query"], pair["pos_doc"]) in key]
     if leaked:
         raise AssetError(f"Rows {leaked[:10]} of the validation set also stand in the training set. Remove them from one.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise AssetError('device="cuda" and torch.cuda.is_available() is False. Use "cpu", or a torch build with CUDA.')
     if config.precision == "fp16" and device != "cuda":
         raise AssetError(f'precision="fp16" needs CUDA and this runs on {device}. Use "fp32" or "bf16".')
     if config.precision not in ("fp32", "bf16", "fp16") or config.backward not in ("whole", "gradcache"):
@@ -630,6 +640,7 @@ def open_run(base, train_pairs, val_pairs, config, folder, device):
     """A run at the place where `folder` left off, or a fresh one; says which. Returns (run, identity)."""
     identity = run_identity(base, train_pairs, val_pairs, config)
     state = checkpoints.load_state(folder) if folder.exists() else None
+    run = start_run(base, lambda encoder: tokenize_pairs(encoder, train_pairs), config, device)
     if state and state["identity"] != identity:
         changed = [name for name in identity if state["identity"].get(name) != identity[name]]
         aside = folder.with_name(folder.name + ".previous")
@@ -638,14 +649,13 @@ def open_run(base, train_pairs, val_pairs, config, folder, device):
         state = None
     folder.mkdir(parents=True, exist_ok=True)
     checkpoints.remove_leftovers(folder)
-    run = start_run(base, lambda encoder: tokenize_pairs(encoder, train_pairs), config, device)
     if state:
         restore_run(run, state)
         print(f"Continuing {relative(folder)} after update {run.update}: what is before was not computed again.")
     checkpoints.write_json(folder / "config.json", {**identity, "train_pairs": len(train_pairs), "val_pairs": len(val_pairs)})
     return run, identity
 
-# %% ../01-train_embedding_with_validation.ipynb #7db4cc58
+# %% ../01-train_embedding_with_validation.ipynb #9c159873
 def close_epoch(run, epoch, val_pairs, folder, identity):
     """Evaluate, write the epoch's checkpoint, keep the best one, then the state and the history."""
     h, per_epoch = run.history, updates_per_epoch(len(run.data["query"]), run.config)
@@ -665,8 +675,8 @@ def close_epoch(run, epoch, val_pairs, folder, identity):
     if epoch == run.config.epochs:
         checkpoints.link_folder(checkpoint, folder / "final_model")
     checkpoints.write_json(folder / "training_history.json", h)
-    save_run(run, folder, identity)
     checkpoints.prune(folder, run.config.keep_checkpoints)
+    save_run(run, folder, identity)
 
 
 def train(base, train_pairs, val_pairs, config, folder, device="cpu", progress=True):
