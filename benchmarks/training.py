@@ -644,8 +644,8 @@ def readme_text(result):
     spread, warning = result["ratios"]["spread"], ""
     if spread and spread > QUIET:
         warning = f"""
-**Measured on a busy machine**: one contender's slowest round took {spread:.1f} times its fastest, so times are
-no comparison. In CPU seconds, times ours: {cpu_times(result)}.
+**Measured on a busy machine**: one contender's slowest round took {spread:.1f} times its fastest, so the
+times are no comparison. In CPU seconds, times ours: {cpu_times(result)}.
 """
     time_header = f"s per epoch of {settings['pairs']} pairs"
     header = ["", "dropout", time_header, "times ours", "peak memory, GB", "tokens computed", "real tokens"]
