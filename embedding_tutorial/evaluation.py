@@ -114,17 +114,15 @@ def cut_into_shards(texts, shard_characters):
         used += len(texts[i])
     return [shard for shard in shards if shard]
 
-# %% ../02-C-MTEB_retrieval_evaluation.ipynb #e74630e5
+# %% ../02-C-MTEB_retrieval_evaluation.ipynb #46903625
 class StoredEncoder:
-    """Texts to vectors, in shards on disk. The model is loaded only when a shard is missing.
+    """Texts to vectors, in shards under `store`/vectors/<hash>. The model is loaded only when a shard is missing.
 
-    load: () → Encoder, on its device and in its precision; identity: dict of everything that changes a vector. The shards lie
-    under `store`/vectors/<hash of the identity>.
+    load: () → Encoder, on its device and in its precision; identity: dict of everything that changes a vector.
     """
 
     def __init__(self, load, identity, store, token_budget=4096, shard_characters=50_000):
-        self.load, self.encoder = load, None
-        self.store = checkpoints.VectorStore(Path(store) / "vectors", identity)
+        self.load, self.encoder, self.store = load, None, checkpoints.VectorStore(Path(store) / "vectors", identity)
         self.token_budget, self.shard_characters = token_budget, shard_characters
 
     def __call__(self, texts, label="encoding"):
@@ -134,18 +132,17 @@ class StoredEncoder:
         found = {n: vectors for n, key in enumerate(keys) if (vectors := self.store.load(key, len(shards[n][0]))) is not None}
         if found:
             print(f"{label}: {len(found)} of {len(shards)} shards were encoded earlier and are read from disk.")
-        for n, vectors in self._encode([n for n in range(len(shards)) if n not in found], shards, label):
+        missing = [n for n in range(len(shards)) if n not in found]
+        for n, vectors in self._encode(missing, shards, label) if missing else ():
             self.store.save(keys[n], vectors)
             found[n] = vectors
-        result = np.empty((len(texts), next(iter(found.values())).shape[1]), dtype=np.float32)
+        result = np.empty((len(texts), found[0].shape[1]), dtype=np.float32)
         for n, (shard, _) in enumerate(shards):
             result[shard] = found.pop(n)
         return result
 
     def _encode(self, missing, shards, label):
         """Yield (shard number, vectors), tokenising the next shard while the model works on this one."""
-        if not missing:
-            return
         self.encoder = self.encoder or self.load()
         with ThreadPoolExecutor(1) as pool, torch.inference_mode(), \
                 tqdm(total=sum(len(t) for n in missing for t in shards[n][1]), unit="char", unit_scale=True,

@@ -227,13 +227,12 @@ def rectangular_attention(query, key, value, runs, scaling, dropout):
 
 AttentionInterface.register("packed", packed_attention)
 
-# %% ../01-train_embedding_with_validation.ipynb #5e7e9476
+# %% ../01-train_embedding_with_validation.ipynb #ae23fa8e
 class Encoder(torch.nn.Module):
     """Tokenizer, transformer, the model's own pooling, and L2 normalisation.
 
-    folder: a BERT, RoBERTa or XLM-RoBERTa model with `1_Pooling/config.json`. dropout: probability in
-    hidden states and attention while training (None: the model's own). Raises AssetError for a missing
-    folder or another architecture.
+    folder: a BERT, RoBERTa or XLM-RoBERTa model with `1_Pooling/config.json`; AssetError otherwise. dropout:
+    probability in hidden states and attention while training (None: the model's own).
     """
 
     def __init__(self, folder, max_length=512, dropout=0.0):
@@ -254,17 +253,14 @@ class Encoder(torch.nn.Module):
         self.backbone = AutoModel.from_pretrained(self.folder, config=config, attn_implementation="packed",
                                                   dtype=torch.float32)
 
-    @property
-    def device(self):
-        return next(self.parameters()).device
+    device = property(lambda self: next(self.parameters()).device)
 
     def tokenize(self, texts):
         return tokenize(self.tokenizer, texts, self.max_length)
 
     def forward(self, rows):
         """Token ids, a list of n lists, to L2-normalised embeddings (n, dims) in float32 or wider."""
-        lengths = [len(row) for row in rows]
-        runs = equal_runs(lengths)
+        runs = equal_runs(lengths := [len(row) for row in rows])
         tokens = torch.tensor(list(itertools.chain.from_iterable(rows)), device=self.device)
         positions = torch.cat([torch.arange(n) for n in lengths]).to(self.device) + self.first_position
         hidden = self.backbone(input_ids=tokens[None], position_ids=positions[None], runs=runs).last_hidden_state[0]
@@ -613,7 +609,7 @@ def restore_run(run, state):
     for name in ("token_budget", "update", "bad_in_a_row", "best_mrr", "history"):
         setattr(run, name, state[name])
 
-# %% ../01-train_embedding_with_validation.ipynb #4959173b
+# %% ../01-train_embedding_with_validation.ipynb #df21152e
 def check_before_training(base, train_pairs, val_pairs, config, folder, device):
     """Raise AssetError for anything that would fail or mislead later."""
     if len(train_pairs) < config.batch_size:
@@ -635,7 +631,7 @@ def check_before_training(base, train_pairs, val_pairs, config, folder, device):
         raise AssetError("A queue and a micro_batch together are not supported: set one of them to its default.")
     checkpoints.require_run_space(folder, checkpoints.weights_file(base).stat().st_size, config.keep_checkpoints)
 
-
+# %% ../01-train_embedding_with_validation.ipynb #a6f67ccf
 def open_run(base, train_pairs, val_pairs, config, folder, device):
     """A run at the place where `folder` left off, or a fresh one; says which. Returns (run, identity)."""
     identity = run_identity(base, train_pairs, val_pairs, config)
@@ -655,7 +651,7 @@ def open_run(base, train_pairs, val_pairs, config, folder, device):
     checkpoints.write_json(folder / "config.json", {**identity, "train_pairs": len(train_pairs), "val_pairs": len(val_pairs)})
     return run, identity
 
-# %% ../01-train_embedding_with_validation.ipynb #9c159873
+# %% ../01-train_embedding_with_validation.ipynb #f52e19ef
 def close_epoch(run, epoch, val_pairs, folder, identity):
     """Evaluate, write the epoch's checkpoint, keep the best one, then the state and the history."""
     h, per_epoch = run.history, updates_per_epoch(len(run.data["query"]), run.config)
@@ -678,7 +674,7 @@ def close_epoch(run, epoch, val_pairs, folder, identity):
     checkpoints.prune(folder, run.config.keep_checkpoints)
     save_run(run, folder, identity)
 
-
+# %% ../01-train_embedding_with_validation.ipynb #de0e5420
 def train(base, train_pairs, val_pairs, config, folder, device="cpu", progress=True):
     """Fine-tune `base` on pairs and leave the run in `folder`; continues a run that was interrupted.
 

@@ -504,7 +504,7 @@ def test_mbpp_as_published_verifies():
     path = Path(__file__).resolve().parents[2] / "shared" / "data" / "sanitized-mbpp.json"
     if not path.exists():
         pytest.skip("the published file is not on this machine")
-    assert assets.sanitized_mbpp_path(path.parent, download=False) == path
+    assert assets.sanitized_mbpp_path(path.parent, download=False).resolve() == path.resolve()
 
 
 # -------------------------------------------------------------------------------------------- T2Retrieval
