@@ -333,7 +333,9 @@ def ratios(rows):
 def model_name(args):
     if args.cuda_smoke:
         return "tiny, random weights, BGE-M3's layout"
-    return "BGE-M3's architecture, random weights" if args.cuda else args.model.resolve().parent.name
+    if args.cuda:
+        return "BGE-M3's architecture, random weights"
+    return POCKET.model.split("/")[1] if args.model == pocket_model_path() else args.model.name
 
 
 def command_of(args):
