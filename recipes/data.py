@@ -215,7 +215,8 @@ def make(
     output = Path(output or place(kind, count, model))
     source = Path(data) if kind == "teacher" else Path(train)
     if kind != "teacher":
-        pairs = tutorial_pairs(train, validation)[0]
+        # Only the notebook's own split comes in two files; pairs of one's own stand alone.
+        pairs = tutorial_pairs(train, validation)[0] if Path(train) == TRAIN else read_pairs(train)
     settings = {"kind": kind, "source": sha256_of(source), "seed": seed}
     if kind != "teacher":
         settings["count"] = count
