@@ -54,7 +54,11 @@ MODELS = {  # name in the table: model
 }
 TRAINED = ("dense", "dense-hard", "unified", "unified-teacher", "raw-bert-10", "raw-bert-50")
 QUESTIONS = [  # (question, row before, row after); a row is (name, mode)
-    ("Two processes instead of the notebook", ("notebook 01", "dense"), ("dense", "dense")),
+    (
+        "FlagEmbedding (2 epochs) instead of notebook 01 (5 epochs)",
+        ("notebook 01", "dense"),
+        ("dense", "dense"),
+    ),
     ("Training at all (dense)", ("MiniLM, ready-made", "dense"), ("dense", "dense")),
     ("A second stage with mined negatives", ("dense", "dense"), ("dense, then hard negatives", "dense")),
     *(
@@ -134,12 +138,12 @@ def findings(rows):
 def report(results):
     """The part of recipes/README.md between its two markers."""
     runs = [
-        "| run | processes | updates | CPU s per process | whole step, s | GB of one | first → last loss |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| run | precision | processes | updates | CPU s of one | whole step, s | GB of one | loss |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, run in results["runs"].items():
         runs.append(
-            f"| {name} | {run['processes']} | {run['updates']} | "
+            f"| {name} | {run['precision']} | {run['processes']} | {run['updates']} | "
             f"{run['cpu_seconds_of_one_process']:.0f} | {run['wall_seconds']:.0f} | "
             f"{run['peak_memory_gb_of_one_process']:.1f} | "
             f"{run['first_loss']:.2f} → {run['last_loss']:.2f} |"
@@ -208,7 +212,9 @@ def collect():
         "versions": {name: version(name) for name in ("FlagEmbedding", "transformers", "torch", "faiss-cpu")},
         "wall_seconds": round(sum(step["wall_seconds"] for step in done.values()), 1),
         "runs": {
-            name: {key: value for key, value in done[name].items() if key != "losses"} for name in TRAINED
+            name: {key: value for key, value in done[name].items() if key != "losses"}
+            | {"precision": checkpoints.read_json(steps.OUTPUT / name / "recipe.json")["precision"]}
+            for name in TRAINED
         },
         "findings": findings(results["rows"]),
     }
