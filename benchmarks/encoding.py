@@ -170,9 +170,7 @@ def flag(job, args, folder):
 
     pooling = finetune.read_pooling(args.model)
     model = FlagModel(str(args.model), pooling_method=pooling, use_fp16=False, devices=args.device)
-    return lambda texts: model.encode(
-        texts, batch_size=job.options["batch_size"], max_length=args.max_length
-    )
+    return lambda texts: model.encode(texts, batch_size=job.options["batch_size"], max_length=args.max_length)
 
 
 def flag_m3(job, args, folder):

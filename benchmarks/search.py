@@ -184,9 +184,7 @@ def measure(args):
         write_data(folder, args.scale)
         for turn in range(args.repeats):
             for contender in NAMES:
-                runs[contender].append(
-                    common.run_worker(SCRIPT, ["--worker", contender, "--folder", folder])
-                )
+                runs[contender].append(common.run_worker(SCRIPT, ["--worker", contender, "--folder", folder]))
                 row = runs[contender][-1]
                 print(
                     f"{turn + 1}. {NAMES[contender]:>20}: {row['seconds']:.1f} s "

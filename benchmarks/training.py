@@ -1,7 +1,7 @@
 """Training: this project's and its peers' time and memory on the same batches. Behind notebook 01's figure.
 
     python benchmarks/training.py                      # everything; goes on where an interrupted run stopped
-    python benchmarks/training.py --data FILE          # with sanitized MBPP instead of the pocket pairs
+    python benchmarks/training.py --data FILE          # sanitized MBPP, to training_mbpp.json
     python benchmarks/training.py --equality           # only: are the gradients the ones of the plain loop?
     python benchmarks/training.py --cuda               # BGE-M3's architecture with random weights on a GPU
 
@@ -40,7 +40,7 @@ import torch.nn.functional as F  # noqa: E402
 from embedding_tutorial import checkpoints  # noqa: E402
 from embedding_tutorial import finetune as ft  # noqa: E402
 from embedding_tutorial.assets import AssetError, pocket_model_path  # noqa: E402
-from embedding_tutorial.profiles import relative  # noqa: E402
+from embedding_tutorial.profiles import PROFILES, relative, training_precision  # noqa: E402
 
 POCKET_PAIRS = ROOT / "data" / "pocket_mbpp.json"
 PACKAGES = ("torch", "transformers", "sentence-transformers", "FlagEmbedding", "accelerate")
@@ -48,7 +48,9 @@ RECIPE = ft.TrainConfig()  # the tutorial's own: temperature, lengths, learning 
 DEFAULTS = {"steps": 5, "repeats": 3, "batch_size": RECIPE.batch_size, "token_budget": 4096}
 SCRIPT = Path(__file__).resolve()
 QUIET = 1.25  # largest ratio of a contender's rounds that still counts as one and the same measurement
-OUT, CUDA_OUT = common.RESULTS / "training.json", common.RESULTS / "training_cuda.json"
+OUT, OUT_MBPP, CUDA_OUT = (
+    common.RESULTS / name for name in ("training.json", "training_mbpp.json", "training_cuda.json")
+)
 
 
 # ---------------------------------------------------------------- what is measured
@@ -91,6 +93,13 @@ CONTENDERS = [
     Job("ours-dropout", "ours, the model's own dropout", "ours", "0.1", {"dropout": None}),
     Job("ours-gradcache", "ours, GradCache", "ours", "0", {"backward": "gradcache"}),
     Job("ours-bf16", "ours, bf16", "ours", "0", {"precision": "bf16"}),
+    Job(
+        "ours-gradcache-bf16",
+        "ours, GradCache, bf16",
+        "ours",
+        "0",
+        {"precision": "bf16", "backward": "gradcache"},
+    ),
 ]
 # Ways to more negatives, all ours. `batch_size: None` stands for all pairs at once.
 METHODS = [
@@ -119,9 +128,10 @@ class Recorder:
         @functools.wraps(forward)
         def counting(*positional, **named):
             if torch.is_grad_enabled():
-                ids, mask = named["input_ids"], named.get("attention_mask")
-                self.padded[-1] += ids.numel()
-                self.real[-1] += ids.numel() if mask is None else int(mask.sum())
+                ids, mask = named.get("input_ids"), named.get("attention_mask")
+                tokens = named["inputs_embeds"].shape[:2].numel() if ids is None else ids.numel()
+                self.padded[-1] += tokens
+                self.real[-1] += tokens if mask is None else int(mask.sum())
             return forward(*positional, **named)
 
         transformer.forward = counting
@@ -498,16 +508,24 @@ def row_of(job, runs, pairs):
     }
 
 
+DEFAULT = "default"  # stands for the row of ours with the precision that the recipe takes on this machine
 COMPARISONS = {  # whose fastest row, over which row of ours
-    "predecessor's loop": (["predecessor"], "ours"),
-    "FlagEmbedding, its faster setting": (["flagembedding", "flagembedding-small"], "ours"),
-    "sentence-transformers, its best setting": (["st", *(job.id for job in CACHED)], "ours"),
-    "predecessor's loop, neither with dropout": (["predecessor-dropout-0"], "ours"),
-    "predecessor's loop, both with dropout": (["predecessor"], "ours-dropout"),
-    "ours, GradCache": (["ours-gradcache"], "ours"),
-    "ours, bf16": (["ours-bf16"], "ours"),
+    "predecessor's loop": (["predecessor"], DEFAULT),
+    "FlagEmbedding, its faster setting": (["flagembedding", "flagembedding-small"], DEFAULT),
+    "sentence-transformers, its best setting": (["st", *(job.id for job in CACHED)], DEFAULT),
+    "predecessor's loop, ours in fp32": (["predecessor"], "ours"),
+    "FlagEmbedding, ours in fp32": (["flagembedding", "flagembedding-small"], "ours"),
+    "sentence-transformers, ours in fp32": (["st", *(job.id for job in CACHED)], "ours"),
+    "predecessor's loop, neither with dropout, both fp32": (["predecessor-dropout-0"], "ours"),
+    "predecessor's loop, both with dropout, both fp32": (["predecessor"], "ours-dropout"),
+    "ours, GradCache, fp32": (["ours-gradcache"], "ours"),
 }
 TO_REACH = dict(zip(COMPARISONS, (7, 7, 4), strict=False))  # issue 4
+
+
+def default_row():
+    """The id of our row with the pocket profile's precision on this machine."""
+    return {"fp32": "ours", "bf16": "ours-bf16"}[training_precision(PROFILES["pocket"], "cpu")]
 
 
 def ratios(contenders):
@@ -522,7 +540,8 @@ def ratios(contenders):
         table = {}
         for name, (others, mine) in COMPARISONS.items():
             found = [by_id[job][key] for job in others if job in by_id and by_id[job][key]]
-            table[name] = round(min(found) / by_id[mine][key], 2) if found and by_id[mine][key] else None
+            own = by_id[default_row() if mine == DEFAULT else mine][key]
+            table[name] = round(min(found) / own, 2) if found and own else None
         return table
 
     def memory(*ids):
@@ -530,12 +549,13 @@ def ratios(contenders):
 
     spreads = [max(row["repeats"]) / min(row["repeats"]) for row in contenders if row["repeats"]]
     return {
+        "our default": by_id[default_row()]["name"],
         "time, times ours": times_ours("seconds"),
         "cpu time, times ours": times_ours("cpu_seconds"),
         "time, to reach": TO_REACH,
         "spread": round(max(spreads), 2) if spreads else None,
-        "memory GB": memory("predecessor", "ours", "ours-gradcache"),
-        "memory GB, at most": {"ours": 2.0, "ours, GradCache": 1.2},
+        "memory GB": memory("predecessor", default_row(), "ours-gradcache"),
+        "memory GB, at most": {"our default": 2.0, "ours, GradCache": 1.2},
     }
 
 
@@ -545,7 +565,7 @@ def settings_of(args):
     whole = args.steps >= per_epoch
     code = SCRIPT.read_bytes() + (ROOT / "embedding_tutorial" / "finetune.py").read_bytes()
     return {
-        "data": args.data.name,
+        "data": "the pocket pairs" if args.data == POCKET_PAIRS else args.data.name,
         "pairs": len(pairs),
         "model": "all-MiniLM-L6-v2" if args.model == pocket_model_path() else args.model.name,
         "batch_size": args.batch_size,
@@ -632,8 +652,9 @@ def cpu_times(result):
 
 def readme_text(result):
     """The Markdown between README's markers."""
-    settings, rows, base = result["settings"], [], None
-    base = next(row["seconds"] for row in result["contenders"] if row["id"] == "ours")
+    settings, rows = result["settings"], []
+    default = result["ratios"]["our default"]
+    base = next(row["seconds"] for row in result["contenders"] if row["name"] == default)
     for row in result["contenders"]:
         name = f"**{row['name']}**" if row["ours"] else row["name"]
         if "setting" in row:
@@ -648,7 +669,15 @@ def readme_text(result):
 times are no comparison. In CPU seconds, times ours: {cpu_times(result)}.
 """
     time_header = f"s per epoch of {settings['pairs']} pairs"
-    header = ["", "dropout", time_header, "times ours", "peak memory, GB", "tokens computed", "real tokens"]
+    header = [
+        "",
+        "dropout",
+        time_header,
+        f"times {default}",
+        "peak memory, GB",
+        "tokens computed",
+        "real tokens",
+    ]
     methods = [
         [value if isinstance(value, (str, int)) else shown(value, 2) for value in row.values()]
         for row in result["methods"]
@@ -658,7 +687,7 @@ times are no comparison. In CPU seconds, times ours: {cpu_times(result)}.
         for title, block in result["equality"].items()
         for way, by in block["ways"].items()
     ]
-    return f"""## Training
+    return f"""## Training, {settings["data"]}
 
 `{result["command"]}` ({result["date"]}): {settings["model"]}, {settings["data"]},
 batch {settings["batch_size"]}, fp32, {settings["threads"]} threads.
@@ -933,8 +962,9 @@ def arguments():
     add("--limit-gb", type=float, default=0, help="(worker) use at most this much of the GPU")
     add("--worker", metavar="ID", help="(worker) one measurement in this process")
     args = parser.parse_args()
-    args.out = args.out or (CUDA_OUT if args.cuda or args.cuda_smoke else OUT)
-    args.model = args.model or pocket_model_path()
+    cuda = args.cuda or args.cuda_smoke
+    args.out = args.out or (CUDA_OUT if cuda else OUT if args.data == POCKET_PAIRS else OUT_MBPP)
+    args.data, args.model = args.data.resolve(), args.model or pocket_model_path()
     return args
 
 
@@ -951,7 +981,7 @@ def main():
     else:
         text = readme_text(measure(args))
         if not args.no_readme:
-            common.put_into_readme("training", text)
+            common.put_into_readme("training" if args.data == POCKET_PAIRS else "training-mbpp", text)
         print(text)
 
 

@@ -203,9 +203,7 @@ def minilm_reference(minilm, passages):
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("fp16", 1e-3), ("bf16", 5e-3)])
-def test_vectors_are_those_of_sentence_transformers(
-    minilm, minilm_reference, tmp_path, precision, tolerance
-):
+def test_vectors_are_those_of_sentence_transformers(minilm, minilm_reference, tmp_path, precision, tolerance):
     texts, expected = minilm_reference
     found = stored_encoder(minilm, tmp_path, 512, precision, shard_characters=3_000)(texts)
     assert found.dtype == np.float32 and found.shape == expected.shape

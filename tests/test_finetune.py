@@ -736,10 +736,24 @@ def test_a_non_finite_loss_skips_the_update_and_counts_it(tiny_bert, pairs, monk
     assert not all(torch.equal(w, before[name]) for name, w in weights_of(run).items())
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_lookup_has_the_gradient_of_an_embedding_and_adds_to_what_is_there(kind):
+    table = torch.randn(50, 4, dtype=kind, requires_grad=True)
+    same = table.detach().clone().requires_grad_()
+    for ids in (
+        torch.tensor([3, 7, 3, 49]),
+        torch.tensor([0, 3]),
+    ):  # token 3 twice in a call, and in both calls
+        weight = torch.randn(len(ids), 4, dtype=kind)
+        (finetune.LookUp.apply(table, ids) * weight).sum().backward()
+        (torch.nn.functional.embedding(ids, same) * weight).sum().backward()
+    assert torch.allclose(table.grad, same.grad, rtol=0, atol=1e-6) and table.grad.abs().sum() > 0
+
+
 def test_a_finite_loss_with_a_non_finite_gradient_is_skipped_too(tiny_bert, pairs):
     run = make_run(tiny_bert, pairs[:8], SMALL)
     before = weights_of(run)
-    next(run.encoder.parameters()).register_hook(lambda grad: grad * math.inf)
+    run.encoder.backbone.encoder.layer[0].output.dense.weight.register_hook(lambda grad: grad * math.inf)
     finetune.one_update(run)
     assert run.history["skipped_updates"] == [1] and math.isfinite(run.history["step_losses"][0])
     assert all(torch.equal(w, before[name]) for name, w in weights_of(run).items())

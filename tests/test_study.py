@@ -1,0 +1,144 @@
+"""benchmarks/study.py: folds without leaks, choices that do not see what they report, resuming."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "benchmarks")]
+
+import study  # noqa: E402
+
+from embedding_tutorial import checkpoints, finetune  # noqa: E402
+from embedding_tutorial.assets import AssetError  # noqa: E402
+
+
+def pair(query, code):
+    return {"query": query, "pos_doc": code, "meta": {"task_id": 0}}
+
+
+def entry(ranks_by_readout, seeds=(42,), queries=10):
+    """A recipe's cells: fold f judges queries f, f + 5, …"""
+    cells = {}
+    for seed in seeds:
+        for fold in range(study.FOLDS):
+            own = list(range(fold, queries, study.FOLDS))
+            ranks = {name: " ".join(str(r[i]) for i in own) for name, r in ranks_by_readout.items()}
+            cells[f"{seed}-{fold}"] = {"queries": " ".join(map(str, own)), "ranks": ranks, "seconds": 60.0}
+    return {"settings": {}, "cells": cells}
+
+
+def test_folds_are_even_and_equal_texts_stay_together():
+    pairs = [pair(f"q{i}", f"c{i}") for i in range(50)]
+    pairs += [pair("q0", "other code"), pair("other query", "c1"), pair("other query", "third code")]
+    folds = study.fold_numbers(pairs)
+    assert folds[0] == folds[50] and folds[1] == folds[51] == folds[52]
+    sizes = np.bincount(folds, minlength=5)
+    assert sizes.sum() == 53 and sizes.max() - sizes.min() <= 3
+    assert (folds == study.fold_numbers(pairs)).all()
+
+
+def test_hard_negatives_are_never_right_answers(tiny_bert):
+    pairs = [
+        pair("add two numbers", "def add"),
+        pair("add two numbers", "def plus"),
+        pair("sort a list", "def sort"),
+    ]
+    rows = study.with_hard_negatives(pairs, tiny_bert, 1)
+    assert rows[0]["neg"] == rows[1]["neg"] == ["def sort"]
+    assert rows[2]["neg"][0] in ("def add", "def plus") and len(rows[2]["neg"]) == 1
+
+
+def test_ranks_are_put_back_into_the_order_of_the_queries():
+    ranks = list(range(1, 11))
+    table = study.rank_table(entry({"last": ranks}, seeds=(42, 43)), "last")
+    assert table.tolist() == [ranks, ranks]
+    assert study.rank_table(entry({"last": ranks}), "no such readout") is None
+
+
+def test_a_row_compares_query_by_query():
+    base, tuned = [2] * 10, [1] * 10
+    found = {"recipes": {"a": entry({"last": base}), "b": entry({"last": tuned})}}
+    row = study.row_of(found, "b", against=[("base", "a", "last")])
+    assert row["recall@1"][0] == row["mrr"][0] == 1.0 and row["mrr - base"] == (0.5, 0.5, 0.5)
+    assert row["p base"] < 0.05 and row["seeds"] == 1 and row["queries"] == 10
+
+
+def test_the_choice_does_not_see_the_fold_it_is_judged_on():
+    # In fold 0 (queries 0 and 5) "b" is far better, everywhere else "a" is: fold 0 must be judged by "a".
+    a = [9 if i % 5 == 0 else 1 for i in range(10)]
+    b = [1 if i % 5 == 0 else 2 for i in range(10)]
+    found = {"recipes": {"a": entry({"last": a}), "b": entry({"last": b})}}
+    ranks, choices = study.chosen_elsewhere(found, [("a", "last"), ("b", "last")])
+    assert choices[0] == ("a", "last") and ranks[0, 0] == ranks[0, 5] == 9
+
+
+def test_averages_and_lines_between_weights():
+    import torch
+
+    one, three = {"w": torch.ones(2)}, {"w": torch.full((2,), 3.0)}
+    assert study.average([one, three])["w"].tolist() == [2, 2]
+    assert study.between(one, three, 0.25)["w"].tolist() == [1.5, 1.5]
+
+
+def test_ndcg_of_the_base_model_is_the_one_that_mteb_reports():
+    """benchmarks/results/predecessor.json and notebook 02 print 0.828 for English."""
+    encoder = finetune.Encoder(study.pocket_model_path()).eval()
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{study.general_ndcg(encoder):.3f}" in text
+
+
+def test_finished_cells_are_not_run_again(tmp_path, monkeypatch, capsys):
+    data = tmp_path / "sanitized-mbpp.json"
+    data.write_text("[]", encoding="utf-8")
+    ran = []
+
+    def cell(task):
+        ran.append(task[:3])
+        return {"queries": str(task[2]), "ranks": {"last": "1"}, "seconds": 1.0, "train_pairs": 3}
+
+    class Here:
+        """Runs what is submitted at once, in this process."""
+
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            return False
+
+        def submit(self, function, task):
+            future = study.concurrent.futures.Future()
+            future.set_result(function(task))
+            return future
+
+    monkeypatch.setattr(study, "run_cell", cell)
+    monkeypatch.setattr(study.concurrent.futures, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(study, "RECIPES", {"a": study.Recipe(), "b": study.Recipe(config={"epochs": 2})})
+    out = tmp_path / "study.json"
+    study.measure(["a"], data, out, 1)
+    assert len(ran) == 5 and "5/5 a, seed 42" in capsys.readouterr().out
+    study.measure(["a", "b"], data, out, 1)
+    assert len(ran) == 10 and {name for name, *_ in ran[5:]} == {"b"}
+    monkeypatch.setattr(study, "RECIPES", {"a": study.Recipe(config={"epochs": 3})})
+    study.measure(["a"], data, out, 1)
+    assert len(ran) == 15 and "measured again" in capsys.readouterr().out
+    assert len(checkpoints.read_json(out)["recipes"]["b"]["cells"]) == 5
+    data.write_text("[1]", encoding="utf-8")
+    with pytest.raises(AssetError, match="another sanitized-mbpp.json"):
+        study.measure(["a"], data, out, 1)
+
+
+def test_missing_data_is_named(tmp_path):
+    with pytest.raises(AssetError, match="--data FILE"):
+        study.find_data(tmp_path / "nothing.json")
+
+
+def test_settings_are_json_and_tell_recipes_apart():
+    one, two = study.settings_of(study.Recipe()), study.settings_of(study.Recipe(config={"temperature": 0.1}))
+    assert json.loads(json.dumps(one)) == one and one != two
