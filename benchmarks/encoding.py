@@ -325,7 +325,11 @@ def ratios(rows):
         "sentence-transformers fp32, best": max(same_precision, default=None),
         "sentence-transformers, best": max(theirs.values()),
     }
-    return {f"ours / {name}": ours / value for name, value in found.items() if value}
+    table = {f"ours / {name}": ours / value for name, value in found.items() if value}
+    half = max((value for name, value in theirs.items() if "-bf16-" in name), default=None)
+    if half and speed.get("ours-bf16"):
+        table["ours, bf16 / sentence-transformers, bf16"] = speed["ours-bf16"] / half
+    return table
 
 
 def model_name(args):

@@ -426,11 +426,14 @@ def chosen_elsewhere(study, candidates, seed=SEEDS[0]):
     return np.array([[stitched[i] for i in sorted(stitched)]]), choices
 
 
-def finished(study, name, readout="last"):
-    entry = study["recipes"].get(name)
-    return bool(entry) and all(
-        f"{s}-{f}" in entry["cells"] for s in RECIPES[name].seeds for f in range(FOLDS)
-    )
+def complete_seeds(study, name):
+    """The seeds of a recipe whose folds are all measured: figures are made of these."""
+    cells = study["recipes"].get(name, {"cells": {}})["cells"]
+    return [s for s in RECIPES[name].seeds if all(f"{s}-{f}" in cells for f in range(FOLDS))]
+
+
+def finished(study, name):
+    return bool(complete_seeds(study, name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -474,6 +477,7 @@ RECIPES = {
     "pocket pairs": Recipe(extra=("pocket",)),
     "renamed codes": Recipe(extra=("renamed",)),
     "tests too": Recipe(extra=("tests",)),
+    "original, renamed codes": Recipe(config=ORIGINAL, extra=("renamed",)),
 }
 DEFAULT = ("80, the default", "default", "last")
 QUESTIONS = [
@@ -520,6 +524,8 @@ QUESTIONS = [
             ("427 pocket pairs more", "pocket pairs", "last"),
             ("codes with renamed functions too", "renamed codes", "last"),
             ("assertions as passages too", "tests too", "last"),
+            ("the original recipe with renamed functions too", "original, renamed codes", "last"),
+            ("the same, halfway to the base", "original, renamed codes", "halfway"),
         ],
         "study_signal.png",
     ),
@@ -540,6 +546,7 @@ QUESTIONS = [
         [
             ("no training", "none", "last"),
             ("the original recipe", "original", "last"),
+            ("the original recipe, halfway", "original", "halfway"),
             ("sentence-transformers' defaults", "sentence-transformers", "last"),
             ("FlagEmbedding's defaults", "FlagEmbedding", "last"),
             ("our default", "default", "last"),
@@ -607,7 +614,7 @@ def best_epoch(study, name):
     entry = study["recipes"][name]
     found = {"on the same queries": [], "on the other folds": [], "last epoch": []}
     epochs = [r for r in next(iter(entry["cells"].values()))["ranks"] if r.startswith("epoch ")]
-    for seed in RECIPES[name].seeds:
+    for seed in complete_seeds(study, name):
         cells = [entry["cells"][f"{seed}-{fold}"] for fold in range(FOLDS)]
         ranks = {e: [np.array(cell["ranks"][e].split(), int) for cell in cells] for e in epochs}
         for fold in range(FOLDS):
@@ -665,7 +672,7 @@ def text_across_recipes(summary):
 
 def report(study, out, figure_folder=ROOT / "images", readme=common.README):
     """Write the summary into study.json, the table into the README, and one figure per question."""
-    against = [("base", "none", "last"), ("original", "original", "last")]
+    against = [("base", "none", "last"), ("original", "original", "last"), ("default", "default", "last")]
     against = [a for a in against if finished(study, a[1])]
     rows = []
     for name in (n for n in RECIPES if finished(study, n)):
@@ -700,7 +707,7 @@ def report(study, out, figure_folder=ROOT / "images", readme=common.README):
         for row in rows
     ]  # fmt: skip
     lines = "\n\n".join(
-        f"**{title}** {text} ![]({'../images/' + q.figure})"
+        f"**{title}** {text} ![{q.title}](../images/{q.figure})"
         for q, (title, text) in zip(questions, findings.items(), strict=True)
     )
     text = f"""## Study: which recipe?

@@ -690,7 +690,7 @@ times are no comparison. In CPU seconds, times ours: {cpu_times(result)}.
     return f"""## Training, {settings["data"]}
 
 `{result["command"]}` ({result["date"]}): {settings["model"]}, {settings["data"]},
-batch {settings["batch_size"]}, fp32, {settings["threads"]} threads.
+batch {settings["batch_size"]}, {settings["precision"]}, {settings["threads"]} threads.
 Seconds: {settings["seconds"]}; medians of {settings["repeats"]} interleaved rounds.
 Every figure comes from a fresh process, whose peak memory includes Python and the libraries.
 Machine: {result["machine"]["summary"]}.

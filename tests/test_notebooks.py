@@ -26,6 +26,7 @@ FIGURES = {
         "before_after",
         "similarity_heatmaps",
         "projection",
+        "study_overview",
     },
     NAMES[1]: {"retrieval_before_after", "retrieval_difference", "interpolation"},
 }
