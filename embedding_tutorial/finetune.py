@@ -188,7 +188,7 @@ def read_pooling(folder):
             return name
     raise AssetError(f"{relative(path)} asks for neither CLS nor mean pooling: {config}. Use a model with one of them.")
 
-# %% ../01-train_embedding_with_validation.ipynb #ea57e928
+# %% ../01-train_embedding_with_validation.ipynb #6898bbb4
 def equal_runs(lengths):
     """Runs of neighbouring texts of equal length: [(first token, texts, length)]."""
     runs, start = [], 0
@@ -198,7 +198,7 @@ def equal_runs(lengths):
         start += count * length
     return runs
 
-
+# %% ../01-train_embedding_with_validation.ipynb #7dc18e96
 def packed_attention(module, query, key, value, attention_mask, runs, scaling=None, dropout=0.0, **kwargs):
     """Attention within each text of a packed row: (1, heads, tokens, d) in, (1, tokens, heads, d) out.
 
@@ -251,7 +251,7 @@ class LookUp(torch.autograd.Function):
             table.grad.index_put_((ids,), gradient.to(table.dtype), accumulate=True)
         return None, None
 
-# %% ../01-train_embedding_with_validation.ipynb #2ffa7cf7
+# %% ../01-train_embedding_with_validation.ipynb #38421363
 class Encoder(torch.nn.Module):
     """Tokenizer, transformer, the model's own pooling, and L2 normalisation.
 
@@ -278,7 +278,6 @@ class Encoder(torch.nn.Module):
                                                   dtype=torch.float32)
 
     device = property(lambda self: next(self.parameters()).device)
-
     def tokenize(self, texts):
         return tokenize(self.tokenizer, texts, self.max_length)
 
