@@ -309,12 +309,6 @@ def settings_of(recipe):
     )
 
 
-def read_study(path, data, code):
-    study = checkpoints.read_json(path) if path.is_file() else {"recipes": {}}
-    study |= {"data": data.name, "data_sha256": code, "folds": FOLDS}
-    return study
-
-
 def measure(names, data, out, workers):
     """Run the cells that are missing, writing after each one."""
     sha = hashlib.sha256(data.read_bytes()).hexdigest()[:16]
