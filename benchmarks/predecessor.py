@@ -14,7 +14,9 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import common  # noqa: E402
 
 from embedding_tutorial import checkpoints, evaluation, finetune, profiles  # noqa: E402
 
@@ -23,20 +25,13 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=common.ORIGINAL["epochs"])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/predecessor.json")
     arguments = parser.parse_args()
     base = profiles.model_path(profiles.PROFILES["pocket"])
     pairs = finetune.read_mbpp(ROOT / "data/pocket_mbpp.json")
     train_pairs, val_pairs = finetune.split_pairs(pairs)
-    config = finetune.TrainConfig(
-        epochs=arguments.epochs,
-        batch_size=160,
-        micro_batch=80,
-        learning_rate=2e-4,
-        temperature=0.02,
-        dropout=None,
-    )
+    config = finetune.TrainConfig(**common.ORIGINAL | {"epochs": arguments.epochs})
     work = Path(tempfile.mkdtemp(prefix="predecessor-"))
     try:
         tuned, history = finetune.train(base, train_pairs, val_pairs, config, work / "run")

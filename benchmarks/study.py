@@ -48,7 +48,7 @@ FOLDS, SEEDS = 5, (42, 43, 44)
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A row of the study. config: what differs from the first recipe's TrainConfig."""
+    """A row of the study. config: what differs from TrainConfig's defaults."""
 
     config: dict = dataclasses.field(default_factory=dict)
     seeds: tuple = SEEDS[:1]
@@ -205,7 +205,7 @@ def weights_of_cell(recipe, config, base, train_pairs):
     """{readout: weights} of one training run, and its loss per step.
 
     "last", "halfway" to the base, "average" of the last three epochs, "average, halfway"; with every_epoch
-    also "epoch N".
+    also "epoch N", and "alpha 0.25" and "alpha 0.75" of the way from the base to the last.
     """
     start = copy_of(ft.Encoder(base))
     if not config.epochs:
@@ -260,7 +260,7 @@ def run_cell(task):
     folds = fold_numbers(pairs)
     train_pairs = [pair for pair, f in zip(pairs, folds, strict=True) if f != fold]
     test = [int(i) for i in np.flatnonzero(folds == fold)]
-    own = {pair[side] for i in test for pair in [pairs[i]] for side in ("query", "pos_doc")}
+    own = {pairs[i][side] for i in test for side in ("query", "pos_doc")}
     cut = list(train_pairs)
     for source in recipe.extra:
         train_pairs += [
@@ -269,6 +269,7 @@ def run_cell(task):
     if recipe.hard_negatives:
         train_pairs = with_hard_negatives(train_pairs, base, recipe.hard_negatives)
     config = config_of(recipe, seed, len(train_pairs))
+    first = fold == 0 and seed == SEEDS[0]  # the cell whose losses and general retrieval are kept
     torch.manual_seed(seed)
     found, losses = weights_of_cell(recipe, config, base, train_pairs)
     trained, encoder, ranks, general = time.perf_counter() - started, ft.Encoder(base).eval(), {}, {}
@@ -276,7 +277,7 @@ def run_cell(task):
         encoder.backbone.load_state_dict(weights)
         result = ft.evaluate(encoder, [pairs[i] for i in test], candidates=pairs)
         ranks[readout] = " ".join(map(str, result["ranks"]))
-        if fold == 0 and seed == SEEDS[0] and not readout.startswith(("epoch", "alpha")):
+        if first and not readout.startswith(("epoch", "alpha")):
             general[readout] = round(general_ndcg(encoder), 4)
     return {
         "queries": " ".join(map(str, test)),
@@ -284,7 +285,7 @@ def run_cell(task):
         "seconds": round(trained, 1),
         "train_pairs": len(train_pairs),
         **({"general": general} if general else {}),
-        **({"losses": [round(x, 4) for x in losses]} if fold == 0 and seed == SEEDS[0] else {}),
+        **({"losses": [round(x, 4) for x in losses]} if first else {}),
     }
 
 
@@ -441,18 +442,10 @@ class Question:
 
 READOUTS = ("last", "halfway", "average", "average, halfway")
 EXTRA = {"pocket": pocket_pairs, "renamed": renamed_codes, "tests": tests_as_passages}
-ORIGINAL = {
-    "learning_rate": 2e-4,
-    "temperature": 0.02,
-    "epochs": 10,
-    "batch_size": 160,
-    "micro_batch": 80,
-    "dropout": None,
-}
 RECIPES = {
     "none": Recipe(config={"epochs": 0}),
     "default": Recipe(seeds=SEEDS, every_epoch=True),
-    "original": Recipe(config=ORIGINAL),
+    "original": Recipe(config=common.ORIGINAL),
     "sentence-transformers": Recipe(library="sentence-transformers"),
     "FlagEmbedding": Recipe(library="FlagEmbedding"),
     "batch 8": Recipe(config={"batch_size": 8}),
@@ -471,13 +464,17 @@ RECIPES = {
     "pocket pairs": Recipe(extra=("pocket",)),
     "renamed codes": Recipe(extra=("renamed",)),
     "tests too": Recipe(extra=("tests",)),
-    "original, renamed codes": Recipe(config=ORIGINAL, extra=("renamed",)),
+    "original, renamed codes": Recipe(config=common.ORIGINAL, extra=("renamed",)),
 }
-DEFAULT = ("80, the default", "default", "last")
 QUESTIONS = [
     Question(
         "How many negatives?",
-        [DEFAULT, ("8", "batch 8", "last"), ("16", "batch 16", "last"), ("all 341", "batch 341", "last")],
+        [
+            ("80, the default", "default", "last"),
+            ("8", "batch 8", "last"),
+            ("16", "batch 16", "last"),
+            ("all 341", "batch 341", "last"),
+        ],
         "study_batch_size.png",
     ),
     Question(
@@ -671,7 +668,7 @@ def report(study, out, figure_folder=ROOT / "images", readme=common.README):
     rows = []
     for name in (n for n in RECIPES if finished(study, n)):
         readouts = next(iter(study["recipes"][name]["cells"].values()))["ranks"]
-        kept = [r for r in ("last", "halfway", "average", "average, halfway") if r in readouts]
+        kept = [r for r in READOUTS if r in readouts]
         rows += [row_of(study, name, readout, against) for readout in kept]
     questions = [
         q
