@@ -98,7 +98,9 @@ def tells(name, prompt):
 def called_name(record):
     """The function under test: the last top-level one that every assertion calls."""
     names = [node.name for node in ast.parse(record["code"]).body if isinstance(node, ast.FunctionDef)]
-    called = [name for name in names if all(re.search(rf"\b{name}\(", test) for test in record["test_list"])]
+    called = [
+        name for name in names if all(re.search(rf"\b{name}\s*\(", test) for test in record["test_list"])
+    ]
     assert called, f"task {record['task_id']}: no function that every assertion calls"
     return called[-1]
 
