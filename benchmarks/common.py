@@ -1,6 +1,7 @@
 """What the benchmarks share: the machine in words, a process's peak memory, fresh processes, the README."""
 
 import json
+import logging
 import os
 import platform
 import resource
@@ -98,6 +99,31 @@ def run_worker(script, arguments, **environment):
             end = "\n".join((done.stdout + done.stderr).splitlines()[-25:])
             raise RuntimeError(f"{' '.join(map(str, arguments))} ended with status {done.returncode}:\n{end}")
         return json.loads(out.read_text(encoding="utf-8"))
+
+
+def flagembedding_runner(model, pooling, pairs, folder, options):
+    """FlagEmbedding's dense trainer over pairs, on the CPU and silent; runner.trainer.train() trains.
+
+    options: command-line words of its own, after which its defaults hold.
+    """
+    from FlagEmbedding.finetune.embedder.encoder_only import base
+    from transformers import HfArgumentParser
+
+    logging.getLogger("FlagEmbedding").setLevel(logging.ERROR)  # it logs all its settings, 200 lines a run
+    data = Path(folder) / "pairs.jsonl"
+    rows = [{"query": pair["query"], "pos": [pair["pos_doc"]], "neg": []} for pair in pairs]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    words = f"""--model_name_or_path {model} --train_data {data} --cache_path {folder}/cache
+        --output_dir {folder}/run --train_group_size 1 --sentence_pooling_method {pooling} --use_cpu
+        --save_strategy no --logging_strategy no --report_to none --disable_tqdm True""".split()
+    kinds = (
+        base.EncoderOnlyEmbedderModelArguments,
+        base.EncoderOnlyEmbedderDataArguments,
+        base.EncoderOnlyEmbedderTrainingArguments,
+    )
+    return base.EncoderOnlyEmbedderRunner(
+        *HfArgumentParser(kinds).parse_args_into_dataclasses([*words, *options])
+    )
 
 
 def put_into_readme(name, text, path=README):

@@ -280,8 +280,7 @@ def sentence_transformers(work, recorder, tokens=None, texts=None):
 
 def flagembedding(work, recorder, extra=()):
     """FlagEmbedding's dense trainer: its own runner, model, collator and Trainer, fed our batches."""
-    from FlagEmbedding.finetune.embedder.encoder_only import base
-    from transformers import HfArgumentParser, TrainerCallback
+    from transformers import TrainerCallback
 
     class Laps(TrainerCallback):
         def on_train_begin(self, *_, **__):
@@ -291,31 +290,18 @@ def flagembedding(work, recorder, extra=()):
             recorder.update_done(losses.pop(), len(work.updates[state.global_step - 1]))
 
     losses = []
+    # In the order of our updates, read sequentially: its batches are then ours. Only the last update may be
+    # short of the batch size.
+    rows = [work.pairs[i] for update in work.updates for i in update]
+    options = f"""
+        --query_max_len {RECIPE.max_length} --passage_max_len {RECIPE.max_length}
+        --normalize_embeddings True --temperature {RECIPE.temperature}
+        --learning_rate {RECIPE.learning_rate} --weight_decay {RECIPE.weight_decay}
+        --max_grad_norm {RECIPE.clip} --per_device_train_batch_size {work.batch_size}
+        --num_train_epochs 1 --train_sampling_strategy sequential""".split()
     with tempfile.TemporaryDirectory() as folder:
-        # One file in the order of our updates, read sequentially: its batches are then ours. Only the last
-        # update may be short of the batch size.
-        rows = [work.pairs[i] for update in work.updates for i in update]
-        data = Path(folder) / "pairs.jsonl"
-        with open(data, "w", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps({"query": row["query"], "pos": [row["pos_doc"]], "neg": []}) + "\n")
-        arguments = f"""
-            --model_name_or_path {work.model} --train_data {data} --cache_path {folder}/cache
-            --output_dir {folder}/run --train_group_size 1
-            --query_max_len {RECIPE.max_length} --passage_max_len {RECIPE.max_length}
-            --sentence_pooling_method {ft.read_pooling(work.model)} --normalize_embeddings True
-            --temperature {RECIPE.temperature} --learning_rate {RECIPE.learning_rate}
-            --weight_decay {RECIPE.weight_decay} --max_grad_norm {RECIPE.clip}
-            --per_device_train_batch_size {work.batch_size} --num_train_epochs 1
-            --train_sampling_strategy sequential --use_cpu --save_strategy no --logging_strategy no
-            --report_to none --disable_tqdm True""".split()
-        kinds = (
-            base.EncoderOnlyEmbedderModelArguments,
-            base.EncoderOnlyEmbedderDataArguments,
-            base.EncoderOnlyEmbedderTrainingArguments,
-        )
-        parts = HfArgumentParser(kinds).parse_args_into_dataclasses([*arguments, *extra])
-        runner = base.EncoderOnlyEmbedderRunner(*parts)
+        pooling = ft.read_pooling(work.model)
+        runner = common.flagembedding_runner(work.model, pooling, rows, folder, [*options, *extra])
         runner.trainer.add_callback(Laps())
         runner.model.register_forward_hook(lambda module, _, output: losses.append(output.loss.item()))
         recorder.count_tokens(runner.model.model)

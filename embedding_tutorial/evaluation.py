@@ -4,9 +4,9 @@
 __all__ = ['METRICS', 'retrieval_task', 'data_files', 'folder_fingerprint', 'read_local_retrieval', 'subset_task',
            'cut_into_shards', 'StoredEncoder', 'vector_identity', 'in_precision', 'load_for_encoding', 'stored_encoder',
            'best_passages', 'EmbedSearch', 'score_identity', 'move_corrupt_aside', 'evaluate_retrieval',
-           'memory_in_use', 'release', 'metric_table', 'interpolate', 'code_ranks']
+           'memory_in_use', 'release', 'metric_table', 'code_ranks']
 
-# %% ../02-C-MTEB_retrieval_evaluation.ipynb #45bb6d06
+# %% ../02-C-MTEB_retrieval_evaluation.ipynb #79a676da
 import gc
 import hashlib
 import json
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from . import checkpoints
 from .assets import AssetError, sha256_of, t2retrieval_source
-from .finetune import Encoder, embed, mrr, rank_of_positive, recall_at_1, save_model
+from .finetune import Encoder, embed, interpolate, mrr, rank_of_positive, recall_at_1
 from .pocket_task import PocketT2
 from .profiles import relative
 
@@ -279,17 +279,6 @@ def metric_table(result, subset, cutoffs=(1, 3, 5, 10)):
     """{metric: {cut-off: score}} of one language subset of a TaskResult."""
     scores = next(s for s in result.scores["dev"] if s["hf_subset"] == subset)
     return {label: {k: scores[f"{key}_at_{k}"] for k in cutoffs} for label, key in METRICS.items()}
-
-# %% ../02-C-MTEB_retrieval_evaluation.ipynb #46fd7622
-def interpolate(base, tuned, alpha):
-    """An Encoder with weights (1 − alpha) · base + alpha · tuned. base, tuned: Encoders of the same model."""
-    start, end = base.state_dict(), tuned.state_dict()
-    if start.keys() != end.keys():
-        raise ValueError("the two models do not have the same weights")
-    mixed = {name: torch.lerp(w.float(), end[name].float(), alpha) if w.is_floating_point() else w for name, w in start.items()}
-    model = Encoder(base.folder, base.max_length)
-    model.load_state_dict(mixed)
-    return model.to(base.device).eval()
 
 # %% ../02-C-MTEB_retrieval_evaluation.ipynb #5f808fcf
 def code_ranks(encoder, pairs, passages):

@@ -1054,7 +1054,7 @@ def interpolation_tradeoff(
     gain, kept = code[-1] - code[0], code[pick] - code[0]
     lost = general[0] - general[pick]
     title = f"α = {alphas[pick]:g} "
-    if _number(gain) == _number(0) or gain < 0:
+    if _number(gain) == _number(0) or gain < 0 or kept > gain:
         title += (
             f"moves code retrieval by {_number(kept, signed=True)} (fine-tuned: {_number(gain, signed=True)})"
         )

@@ -27,8 +27,10 @@ from embedding_tutorial.finetune import (  # noqa: E402
     embed,
     read_mbpp,
     read_pairs,
+    read_rewrites,
     read_rows,
     split_pairs,
+    with_rewrites,
     write_pairs,
 )
 from embedding_tutorial.profiles import relative  # noqa: E402
@@ -45,7 +47,10 @@ def tutorial_pairs(train=TRAIN, validation=VALIDATION):
         source = profiles.mbpp_path(profiles.PROFILES["pocket"])
         print(f"{relative(train)} is not there: splitting {relative(source)} as notebook 01 does.")
         parts = split_pairs(read_mbpp(source))
-        write_pairs(train, parts[0])
+        rewrites = ROOT / "data" / f"{source.stem}_rewrites.json"
+        write_pairs(
+            train, with_rewrites(parts[0], read_rewrites(rewrites)) if rewrites.exists() else parts[0]
+        )
         write_pairs(validation, parts[1])
     return read_pairs(train), read_pairs(validation)
 

@@ -774,7 +774,7 @@ def test_interpolation_of_buffers(monkeypatch):
             self.register_buffer("small", torch.full((3,), value, dtype=torch.float16))
             self.register_buffer("steps", torch.tensor(int(value)))
 
-    monkeypatch.setattr(evaluation, "Encoder", lambda folder, max_length: Toy())
+    monkeypatch.setattr(finetune, "Encoder", lambda folder, max_length: Toy())
     mixed = interpolate(Toy(1.0), Toy(3.0), 0.25)
     assert mixed.mean.tolist() == mixed.small.tolist() == [1.5] * 3 and mixed.steps == 1
 

@@ -27,6 +27,7 @@ FIGURES = {
         "similarity_heatmaps",
         "projection",
         "study_overview",
+        "loss_by_batch_size",
     },
     NAMES[1]: {"retrieval_before_after", "retrieval_difference", "interpolation"},
 }

@@ -142,3 +142,29 @@ def test_missing_data_is_named(tmp_path):
 def test_settings_are_json_and_tell_recipes_apart():
     one, two = study.settings_of(study.Recipe()), study.settings_of(study.Recipe(config={"temperature": 0.1}))
     assert json.loads(json.dumps(one)) == one and one != two
+
+
+def test_rewrites_are_training_pairs_only_and_never_what_is_judged():
+    rewrites = finetune.read_rewrites(study.REWRITES)
+    task, lists = next(iter(rewrites.items()))
+    pairs = [pair("own words", "own code") | {"meta": {"task_id": task}}]
+    judged = {lists["other_queries"][0], lists["other_pos_docs"][1]}
+    (found,) = study.rewritten(pairs, study.BOTH, judged)
+    assert found["other_queries"] == lists["other_queries"][1:]
+    assert found["other_pos_docs"] == [t for t in lists["other_pos_docs"] if t not in judged]
+    (found,) = study.rewritten(pairs, study.BOTH[:1], set())
+    assert "other_pos_docs" not in found and found["other_queries"] == lists["other_queries"]
+
+
+def test_the_faulty_schedule_is_the_one_that_is_described(tiny_bert):
+    """Micro-batches of 80, a step after every second: with 5 of them 2 steps an epoch, and one left over."""
+    pairs = [pair(f"query {i}", f"def code_{i}(): pass") for i in range(10)]
+    config = finetune.TrainConfig(epochs=10, batch_size=4, micro_batch=2, max_length=32)
+    run = finetune.start_run(tiny_bert, lambda e: finetune.tokenize_pairs(e, pairs), config, "cpu")
+    rates = []
+    for epoch in range(10):
+        study.leaking_epoch(run, epoch)
+        rates.append(run.optimizer.param_groups[0]["lr"])
+        assert any(w.grad is not None and w.grad.any() for w in run.encoder.parameters())
+    assert run.update == 20 and len(run.history["step_losses"]) == 50
+    assert rates[-1] > 0.1 * max(rates), "the schedule counts 25 updates, so that it ends far from 0"
