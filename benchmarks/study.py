@@ -756,10 +756,11 @@ def text_across_recipes(summary):
     lines = []
     if "chosen on the other folds" in summary:
         chosen = summary["chosen on the other folds"]
+        counts = collections.Counter(chosen["choices"])
         lines.append(
-            f"**The recipe chosen for each fold on the other four** (seed {SEEDS[0]}): "
+            "**The recipe chosen for each fold on the other four**: "
             f"Recall@1 {shown(chosen['recall@1'])}, MRR {shown(chosen['mrr'])}; "
-            f"chosen: {', '.join(chosen['choices'])}."
+            f"chosen: {', '.join(f'{c} ({n} folds)' for c, n in counts.items())}."
         )
     for name, ways in summary.get("best epoch", {}).items():
         parts = ", ".join(

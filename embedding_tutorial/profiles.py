@@ -43,7 +43,7 @@ PROFILES = {
         name="pocket", model="sentence-transformers/all-MiniLM-L6-v2", label="MiniLM", pairs="pocket MBPP",
         retrieval="PocketT2Retrieval", precision="auto", token_budget=1024, encode_budget=1024,
         encode_precision="fp32", retrieval_length=512, shard_characters=50_000, learning_rate=2e-4,
-        minutes="about 5 min on 2 CPU cores", memory="about 2.5 GB of RAM"),
+        minutes="5 to 8 min on 2 CPU cores", memory="about 2.5 GB of RAM"),
 }
 
 
