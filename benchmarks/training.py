@@ -742,7 +742,8 @@ def random_rows(path, vocabulary, longest=512):
     rows = [[draw.randrange(5, vocabulary) for _ in range(count)] for count in stretched]
     n = len(pairs)
     ids = {"query_id": list(range(n)), "passage_id": list(range(n, 2 * n))}
-    return {"query": rows[:n], "passage": rows[n:], "neg": [[]] * n, "neg_id": [[]] * n, **ids}
+    none = dict.fromkeys(("neg", "neg_id", "other_query", "other_passage", "other_passage_id"), [[]] * n)
+    return {"query": rows[:n], "passage": rows[n:], **ids, **none}
 
 
 def model_flop(shape, lengths):
