@@ -272,20 +272,16 @@ def weights_of_cell(recipe, config, base, train_pairs, kept):
             last = train_with_library(recipe.library, base, train_pairs, config.seed, Path(folder))
         last = {name: last[name] for name in start}
         return {"last": last, "halfway": between(start, last, 0.5)}, []
-    own, in_full = kept / f"{config.seed}.pt", recipe.every_epoch and config.seed == SEEDS[0]
-    if own.is_file() and not in_full:
-        epochs, losses = [torch.load(own, weights_only=True)], []
-    else:
-        epochs, losses = epochs_of_run(recipe, config, base, train_pairs)
+    epochs, losses = epochs_of_run(recipe, config, base, train_pairs)
     last = epochs[-1]
     found = {"last": last, "halfway": between(start, last, 0.5)}
     if recipe.soup:
-        keep_weights(last, own)
+        keep_weights(last, kept / f"{config.seed}.pt")
     if recipe.soup and config.seed == SEEDS[-1]:
         soup = mean_of_runs(recipe, config, base, train_pairs, kept)
         found["mean of runs"] = soup
         found |= {f"mean of runs, alpha {alpha}": between(start, soup, alpha) for alpha in ALPHAS}
-    if in_full:
+    if recipe.every_epoch and config.seed == SEEDS[0]:
         mean = average(epochs[-3:])
         found |= {"average": mean, "average, halfway": between(start, mean, 0.5)}
         found |= {f"epoch {n}": weights for n, weights in enumerate(epochs, 1)}
