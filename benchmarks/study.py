@@ -3,8 +3,10 @@
     python benchmarks/study.py                    # every recipe; goes on where an earlier run stopped
     python benchmarks/study.py --only default     # some of them
     python benchmarks/study.py --report           # only the table and the figures, from what is there
+    python benchmarks/study.py --data data/pocket_mbpp.json --out benchmarks/results/study_pocket.json \
+        --only none default                       # the default run's gain on the pocket data
 
-Five-fold cross-validation on sanitized MBPP: each query is judged once, by a model that saw neither its pair
+Five-fold cross-validation: each query is judged once, by a model that saw neither its pair
 nor a pair with the same text, against all codes. A cell is one (recipe, seed, fold) and ends in the ranks of
 its queries; every figure is computed from ranks. Intervals: bootstrap over queries, of the paired difference
 where two recipes are compared. Two cells run at a time, each on one thread: on 2 cores that is faster than
@@ -39,12 +41,11 @@ import transformers  # noqa: E402
 from embedding_tutorial import checkpoints, plots, pocket_task  # noqa: E402
 from embedding_tutorial import finetune as ft  # noqa: E402
 from embedding_tutorial.assets import AssetError, pocket_model_path  # noqa: E402
-from embedding_tutorial.profiles import PROFILES, relative, training_precision  # noqa: E402
+from embedding_tutorial.profiles import PROFILES, relative, rewrites_path, training_precision  # noqa: E402
 
 OUT = common.RESULTS / "study.json"
 PLACES = [ROOT / "data" / "sanitized-mbpp.json", ROOT.parent / "shared" / "data" / "sanitized-mbpp.json"]
 POCKET = ROOT / "data" / "pocket_mbpp.json"
-REWRITES = ROOT / "data" / "sanitized-mbpp_rewrites.json"
 FOLDS, SEEDS = 5, (42, 43, 44)
 
 
@@ -139,9 +140,19 @@ def renamed_codes(pairs, data):
     return rows
 
 
-def rewritten(pairs, kinds, kept_out):
+def rewrites_of(data):
+    """The file of rewrites of a data file; AssetError where there is none."""
+    found = rewrites_path(data)
+    if found is None:
+        raise AssetError(
+            f"No rewrites of {relative(data)} in data/. Leave out the recipes that need them (--only)."
+        )
+    return found
+
+
+def rewritten(pairs, kinds, kept_out, data):
     """The pairs with rewrites of these kinds, but for texts in kept_out (those that are judged)."""
-    rewrites = ft.read_rewrites(REWRITES)
+    rewrites = ft.read_rewrites(rewrites_of(data))
     chosen = {
         task: {kind: [text for text in lists[kind] if text not in kept_out] for kind in kinds}
         for task, lists in rewrites.items()
@@ -321,7 +332,7 @@ def run_cell(task):
             p for p in EXTRA[source](cut, data) if p["query"] not in own and p["pos_doc"] not in own
         ]
     if recipe.rewrites:
-        train_pairs = rewritten(train_pairs, recipe.rewrites, own)
+        train_pairs = rewritten(train_pairs, recipe.rewrites, own, data)
     if recipe.hard_negatives:
         train_pairs = with_hard_negatives(train_pairs, base, recipe.hard_negatives)
     config = config_of(recipe, seed, len(train_pairs))
@@ -361,7 +372,7 @@ def config_of(recipe, seed, pairs):
 # ---------------------------------------------------------------- driver
 
 
-def settings_of(recipe):
+def settings_of(recipe, data):
     """What a cell depends on, as JSON: cells with other settings are not mixed.
 
     Seeds and precision stand in the cells: bf16 where the CPU multiplies it, fp32 elsewhere, so that a study
@@ -371,7 +382,7 @@ def settings_of(recipe):
     own = {name: value for name, value in dataclasses.asdict(recipe).items() if value != usual[name]}
     settings = dataclasses.asdict(config_of(recipe, 0, 10**6)) | own
     if recipe.rewrites:
-        settings["rewrites_sha256"] = hashlib.sha256(REWRITES.read_bytes()).hexdigest()[:16]
+        settings["rewrites_sha256"] = hashlib.sha256(rewrites_of(data).read_bytes()).hexdigest()[:16]
     return json.loads(json.dumps(settings | {"seeds": None, "precision": None}))
 
 
@@ -391,7 +402,7 @@ def measure(names, data, out, workers):
     study["machines"] = list(dict.fromkeys([*study.get("machines", []), here]))
     todo = []
     for name in names:
-        settings, old = settings_of(RECIPES[name]), study["recipes"].get(name)
+        settings, old = settings_of(RECIPES[name], data), study["recipes"].get(name)
         if old and old["settings"] != settings:
             print(f"{name}: other settings than before, measured again.")
             old = None
@@ -515,7 +526,7 @@ class Question:
 
     title: str
     rows: list
-    figure: str
+    figure: str  # its file in images/ is named after the results and this: study_recipes.png
 
 
 ALPHAS = (0.5, 0.6, 0.7, 0.8)  # of the way from the base to the mean of runs
@@ -569,17 +580,17 @@ QUESTIONS = [
             ("16", "batch 16", "last"),
             ("all 341", "batch 341", "last"),
         ],
-        "study_batch_size.png",
+        "batch_size",
     ),
     Question(
         "80 in one graph, or 5 × 16 accumulated?",
         [("whole batch of 80", "plain", "last"), ("accumulated from 16", "accumulation", "last")],
-        "study_accumulation.png",
+        "accumulation",
     ),
     Question(
         "Which temperature?",
         [("0.05", "plain", "last"), ("0.01", "tau 0.01", "last"), ("0.2", "tau 0.2", "last")],
-        "study_temperature.png",
+        "temperature",
     ),
     Question(
         "Which learning rate, how long?",
@@ -589,7 +600,7 @@ QUESTIONS = [
             ("2e-4", "lr 2e-4", "last"),
             ("10 epochs", "10 epochs", "last"),
         ],
-        "study_learning_rate.png",
+        "learning_rate",
     ),
     Question(
         "Symmetric loss, queue, duplicates?",
@@ -599,7 +610,7 @@ QUESTIONS = [
             ("queue of 160", "queue 160", "last"),
             ("duplicates kept as negatives", "duplicates kept", "last"),
         ],
-        "study_loss.png",
+        "loss",
     ),
     Question(
         "More signal?",
@@ -613,7 +624,7 @@ QUESTIONS = [
             ("the default with rewritten codes only", "rewritten codes", "last"),
             ("the default: rewritten queries and codes", "default", "last"),
         ],
-        "study_signal.png",
+        "signal",
     ),
     Question(
         "Which weights of the run?",
@@ -628,7 +639,7 @@ QUESTIONS = [
             ("default: average of the last three epochs", "default", "average"),
             *((f"default: {name}", "default", name) for name in SOUPS),
         ],
-        "study_weights.png",
+        "weights",
     ),
     Question(
         "Whose recipe?",
@@ -641,7 +652,7 @@ QUESTIONS = [
             ("our default, one run, last epoch", "default", "last"),
             (f"our default: {OURS}", "default", OURS),
         ],
-        "study_recipes.png",
+        "recipes",
     ),
 ]
 
@@ -678,7 +689,7 @@ def answer(study, question):
     return found, text + "; ".join(f"{name}: {', '.join(rows)}" for name, rows in groups.items()) + "."
 
 
-def draw(study, question, figure_folder):
+def draw(study, question, figure_file):
     found, text = answer(study, question)
     best = max(found, key=lambda item: item[1]["mrr"][0])
     clear = [label for label, row in found[1:] if row["mrr - first"][1] > 0]
@@ -689,12 +700,12 @@ def draw(study, question, figure_folder):
     ]
     plots.grouped_bars_with_intervals(
         bars,
-        figure_folder / question.figure,
-        xlabel="MRR, 427 held-out queries against all 427 codes",
+        figure_file,
+        xlabel=f"MRR, {found[0][1]['queries']} held-out queries against all codes",
         title=f"{question.title} Highest: {best[0]}, {best[1]['mrr'][0]:.3f}; {tail}",
         reference=bars[0]["value"],
         reference_label=f"{found[0][0]}: {bars[0]['value']:.3f}",
-        source="benchmarks/study.py: sanitized MBPP, 5-fold, MiniLM",
+        source=f"benchmarks/study.py: {study['data']}, 5-fold, MiniLM",
     )
     return text
 
@@ -787,7 +798,8 @@ def report(study, out, figure_folder=ROOT / "images", readme=common.README):
         for q in QUESTIONS
         if measured(study, *q.rows[0][1:]) and sum(measured(study, *r[1:]) for r in q.rows) > 1
     ]
-    findings = {q.title: draw(study, q, figure_folder) for q in questions}
+    figures = {q.title: f"{out.stem}_{q.figure}.png" for q in questions}
+    findings = {q.title: draw(study, q, figure_folder / figures[q.title]) for q in questions}
     study["summary"] = {"rows": rows, "findings": findings, **across_recipes(study)}
     checkpoints.write_json(out, study)
     head = [
@@ -810,15 +822,19 @@ def report(study, out, figure_folder=ROOT / "images", readme=common.README):
         for row in rows
     ]  # fmt: skip
     lines = "\n\n".join(
-        f"**{title}** {text} ![{q.title}](../images/{q.figure})"
-        for q, (title, text) in zip(questions, findings.items(), strict=True)
+        f"**{title}** {text} ![{title}](../images/{figures[title]})" for title, text in findings.items()
     )
     cells = (cell for entry in study["recipes"].values() for cell in entry["cells"].values())
     kinds = collections.Counter(cell["precision"] for cell in cells)
-    text = f"""## Study: which recipe?
+    options = (
+        ""
+        if out.name == OUT.name
+        else f" --data data/{study['data']} --out {relative(out)} --only none default"
+    )
+    text = f"""## Study: which recipe? ({study["data"]})
 
-`python benchmarks/study.py`: {study["data"]}, {FOLDS}-fold, all-MiniLM-L6-v2; each query judged once by a
-model that did not see it, against all codes. Minutes: one training on one thread. Measured on
+`python benchmarks/study.py{options}`: {FOLDS}-fold, all-MiniLM-L6-v2; each query judged once by a model
+that did not see it, against all codes. Minutes: one training on one thread. Measured on
 {"; and on ".join(study["machines"])}.
 Cells by the precision they were trained in: {", ".join(f"{n} {kind}" for kind, n in kinds.items())}.
 
@@ -828,7 +844,7 @@ Cells by the precision they were trained in: {", ".join(f"{n} {kind}" for kind, 
 
 {text_across_recipes(study["summary"])}
 """
-    common.put_into_readme("study", text, readme)
+    common.put_into_readme(out.stem, text, readme)
     return study
 
 

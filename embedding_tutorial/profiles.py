@@ -109,6 +109,12 @@ def mbpp_path(profile):
     return local or ROOT / "data" / "pocket_mbpp.json"
 
 
+def rewrites_path(source):
+    """The file with rewrites of the training data `source`, or None where nobody wrote any."""
+    path = ROOT / "data" / f"{Path(source).stem}_rewrites.json"
+    return path if path.exists() else None
+
+
 def describe(profile, reason):
     """The printed block at the top of each notebook: what runs, why, where, for how long."""
     device = device_of_this_machine()

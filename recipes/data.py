@@ -47,10 +47,8 @@ def tutorial_pairs(train=TRAIN, validation=VALIDATION):
         source = profiles.mbpp_path(profiles.PROFILES["pocket"])
         print(f"{relative(train)} is not there: splitting {relative(source)} as notebook 01 does.")
         parts = split_pairs(read_mbpp(source))
-        rewrites = ROOT / "data" / f"{source.stem}_rewrites.json"
-        write_pairs(
-            train, with_rewrites(parts[0], read_rewrites(rewrites)) if rewrites.exists() else parts[0]
-        )
+        rewrites = profiles.rewrites_path(source)
+        write_pairs(train, with_rewrites(parts[0], read_rewrites(rewrites) if rewrites else {}))
         write_pairs(validation, parts[1])
     return read_pairs(train), read_pairs(validation)
 

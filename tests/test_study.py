@@ -140,19 +140,22 @@ def test_missing_data_is_named(tmp_path):
 
 
 def test_settings_are_json_and_tell_recipes_apart():
-    one, two = study.settings_of(study.Recipe()), study.settings_of(study.Recipe(config={"temperature": 0.1}))
+    one, two = (
+        study.settings_of(recipe, study.POCKET)
+        for recipe in (study.Recipe(), study.Recipe(config={"temperature": 0.1}))
+    )
     assert json.loads(json.dumps(one)) == one and one != two
 
 
 def test_rewrites_are_training_pairs_only_and_never_what_is_judged():
-    rewrites = finetune.read_rewrites(study.REWRITES)
+    rewrites = finetune.read_rewrites(study.rewrites_of(study.POCKET))
     task, lists = next(iter(rewrites.items()))
     pairs = [pair("own words", "own code") | {"meta": {"task_id": task}}]
     judged = {lists["other_queries"][0], lists["other_pos_docs"][1]}
-    (found,) = study.rewritten(pairs, study.BOTH, judged)
+    (found,) = study.rewritten(pairs, study.BOTH, judged, study.POCKET)
     assert found["other_queries"] == lists["other_queries"][1:]
     assert found["other_pos_docs"] == [t for t in lists["other_pos_docs"] if t not in judged]
-    (found,) = study.rewritten(pairs, study.BOTH[:1], set())
+    (found,) = study.rewritten(pairs, study.BOTH[:1], set(), study.POCKET)
     assert "other_pos_docs" not in found and found["other_queries"] == lists["other_queries"]
 
 
@@ -168,3 +171,22 @@ def test_the_faulty_schedule_is_the_one_that_is_described(tiny_bert):
         assert any(w.grad is not None and w.grad.any() for w in run.encoder.parameters())
     assert run.update == 20 and len(run.history["step_losses"]) == 50
     assert rates[-1] > 0.1 * max(rates), "the schedule counts 25 updates, so that it ends far from 0"
+
+
+def test_rewrites_that_nobody_wrote_are_named(tmp_path):
+    with pytest.raises(AssetError, match="--only"):
+        study.rewrites_of(tmp_path / "unknown.json")
+
+
+def test_each_data_file_has_figures_and_a_section_of_its_own(tmp_path):
+    readme, figures = tmp_path / "README.md", tmp_path / "images"
+    readme.write_text("<!-- study_x:start -->\n<!-- study_x:end -->\n", encoding="utf-8")
+    figures.mkdir()
+    base, tuned = entry({"last": [2] * 10}), entry({"last": [1] * 10, "epoch 1": [1] * 10}, study.SEEDS)
+    for cell in [*base["cells"].values(), *tuned["cells"].values()]:
+        cell["precision"] = "fp32"
+    found = {"data": "x.json", "machines": ["here"], "recipes": {"none": base, "default": tuned}}
+    study.report(found, tmp_path / "study_x.json", figures, readme)
+    text = readme.read_text(encoding="utf-8")
+    assert [f.name for f in figures.iterdir()] == ["study_x_recipes.png"] and "study_x_recipes.png" in text
+    assert "--data data/x.json" in text and "+0.500 [+0.500, +0.500]" in text
