@@ -461,6 +461,21 @@ def per_query(ranks):
     return (ranks == 1).mean(axis=0), (1 / ranks).mean(axis=0)
 
 
+def seconds_by_precision(entry):
+    """{precision: median seconds of a training}, of the cells that were one clean training."""
+    found = {}
+    for cell in entry["cells"].values():
+        if cell["seconds"]:
+            found.setdefault(cell["precision"], []).append(cell["seconds"])
+    return {precision: float(np.median(seconds)) for precision, seconds in found.items()}
+
+
+def time_ratio(entry, other):
+    """How many times as long a training takes as another's, in a precision (so on a machine) that both have."""
+    own, others = seconds_by_precision(entry), seconds_by_precision(other)
+    return next((own[p] / others[p] for p in own if p in others), None)
+
+
 def row_of(study, name, readout="last", against=()):
     """One row of the table. against: [(label, recipe, readout)] to compare with, paired by query."""
     entry = study["recipes"][name]
@@ -479,6 +494,9 @@ def row_of(study, name, readout="last", against=()):
         row[f"mrr - {label}"] = ft.bootstrap_interval(reciprocal - m)
         row[f"recall@1 - {label}"] = ft.bootstrap_interval(recall - r)
         row[f"p {label}"] = ft.sign_flip_test(reciprocal - m)
+        ratio = time_ratio(entry, study["recipes"][other])
+        per_other = len(SEEDS) if other_readout in SOUPS else 1
+        row[f"time / {label}"] = ratio and ratio * trainings / per_other
     return row
 
 

@@ -27,7 +27,12 @@ def entry(ranks_by_readout, seeds=(42,), queries=10):
         for fold in range(study.FOLDS):
             own = list(range(fold, queries, study.FOLDS))
             ranks = {name: " ".join(str(r[i]) for i in own) for name, r in ranks_by_readout.items()}
-            cells[f"{seed}-{fold}"] = {"queries": " ".join(map(str, own)), "ranks": ranks, "seconds": 60.0}
+            cells[f"{seed}-{fold}"] = {
+                "queries": " ".join(map(str, own)),
+                "ranks": ranks,
+                "seconds": 60.0,
+                "precision": "fp32",
+            }
     return {"settings": {}, "cells": cells}
 
 
@@ -65,6 +70,16 @@ def test_a_row_compares_query_by_query():
     row = study.row_of(found, "b", against=[("base", "a", "last")])
     assert row["recall@1"][0] == row["mrr"][0] == 1.0 and row["mrr - base"] == (0.5, 0.5, 0.5)
     assert row["p base"] < 0.05 and row["seeds"] == 1 and row["queries"] == 10
+
+
+def test_times_are_compared_in_the_same_precision_only():
+    quick, slow = entry({"last": [1] * 10}), entry({"last": [1] * 10, "mean of runs": [1] * 10}, study.SEEDS)
+    for key, cell in slow["cells"].items():
+        cell |= {"seconds": 30.0, "precision": "bf16"} if key.startswith("42") else {"seconds": 120.0}
+    assert study.time_ratio(slow, quick) == 2
+    found = {"recipes": {"a": quick, "b": slow}}
+    assert study.row_of(found, "b", "mean of runs", [("base", "a", "last")])["time / base"] == 6
+    assert study.time_ratio(entry({}), {"cells": {}}) is None
 
 
 def test_the_choice_does_not_see_the_fold_it_is_judged_on():
@@ -183,8 +198,6 @@ def test_each_data_file_has_figures_and_a_section_of_its_own(tmp_path):
     readme.write_text("<!-- study_x:start -->\n<!-- study_x:end -->\n", encoding="utf-8")
     figures.mkdir()
     base, tuned = entry({"last": [2] * 10}), entry({"last": [1] * 10, "epoch 1": [1] * 10}, study.SEEDS)
-    for cell in [*base["cells"].values(), *tuned["cells"].values()]:
-        cell["precision"] = "fp32"
     found = {"data": "x.json", "machines": ["here"], "recipes": {"none": base, "default": tuned}}
     study.report(found, tmp_path / "study_x.json", figures, readme)
     text = readme.read_text(encoding="utf-8")
