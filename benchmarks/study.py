@@ -471,7 +471,7 @@ def seconds_by_precision(entry):
 
 
 def time_ratio(entry, other):
-    """How many times as long a training takes as another's, in a precision (so on a machine) that both have."""
+    """How many times as long a training takes as another's, in a precision (so a machine) that both have."""
     own, others = seconds_by_precision(entry), seconds_by_precision(other)
     return next((own[p] / others[p] for p in own if p in others), None)
 
