@@ -3,7 +3,7 @@ NOTEBOOKS := 01-train_embedding_with_validation.ipynb 02-C-MTEB_retrieval_evalua
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test lab lint export bench recipes python-version
+.PHONY: run test lab lint export bench study recipes python-version
 .DEFAULT_GOAL := run
 
 run: .venv/.run
@@ -26,6 +26,11 @@ bench: .venv/.dev
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/encoding.py
 	$(BIN)/python benchmarks/search.py
+
+# Goes on where it stopped; from nothing it takes about four hours on 2 cores.
+study: .venv/.dev
+	$(BIN)/python benchmarks/study.py
+	$(BIN)/python benchmarks/study.py --data data/pocket_mbpp.json --out benchmarks/results/study_pocket.json --only none default
 
 recipes: .venv/.dev
 	$(BIN)/python recipes/run_all.py

@@ -403,9 +403,11 @@ def tokenize_pairs(encoder, pairs):
         "other_passage": rows["other_pos_docs"], "other_passage_id": [number(texts) for texts in lists["other_pos_docs"]],
     }
 
-# %% ../01-train_embedding_with_validation.ipynb #6aa02df8
+# %% ../01-train_embedding_with_validation.ipynb #de592968
 def view_of(data, epoch, seed):
     """The data as an epoch sees them: of each pair one of its wordings and one of its codes, drawn by seed and epoch."""
+    if not any(data["other_query"]) and not any(data["other_passage"]):
+        return data
     draw = random.Random(f"{seed}-{epoch}-view")
     view = {name: list(data[name]) for name in ("query", "passage", "passage_id")}
     for i, wordings in enumerate(data["other_query"]):
@@ -499,10 +501,10 @@ class PassageQueue:
         self.passage_ids = torch.cat([self.passage_ids, torch.tensor(passage_ids)])[-self.size:]
         self.owner_ids = torch.cat([self.owner_ids, torch.tensor(owner_ids)])[-self.size:]
 
-# %% ../01-train_embedding_with_validation.ipynb #e2941b57
+# %% ../01-train_embedding_with_validation.ipynb #412ed1f6
 @dataclass
 class Run:
-    """A training run: what it trains, and everything that has to survive a kill. view: the data of the current epoch."""
+    """A training run: what it trains, and everything that has to survive a kill."""
     encoder: Encoder
     data: dict
     config: TrainConfig
@@ -516,7 +518,15 @@ class Run:
     history: dict = field(default_factory=lambda: {
         "step_losses": [], "step_accs": [], "learning_rates": [], "epoch": [], "epoch_loss": [], "epoch_acc": [],
         "eval": [], "skipped_updates": []})
-    view = property(lambda self: view_of(self.data, self.update // updates_per_epoch(len(self.data["query"]), self.config), self.config.seed))
+    viewed: tuple = (None, None)  # (epoch, its view)
+
+    @property
+    def view(self):
+        """The data as the current epoch sees them, made once per epoch."""
+        epoch = self.update // updates_per_epoch(len(self.data["query"]), self.config)
+        if self.viewed[0] != epoch:
+            self.viewed = epoch, view_of(self.data, epoch, self.config.seed)
+        return self.viewed[1]
 
 
 def start_run(base, data_of, config, device):

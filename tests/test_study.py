@@ -72,6 +72,16 @@ def test_a_row_compares_query_by_query():
     assert row["p base"] < 0.05 and row["seeds"] == 1 and row["queries"] == 10
 
 
+def test_recipes_are_compared_on_the_seeds_that_both_have():
+    lucky, other = entry({"last": [1] * 10}), entry({"last": [2] * 10})["cells"]
+    lucky["cells"] |= {key.replace("42", "43"): cell for key, cell in other.items()}
+    found = {"recipes": {"a": lucky, "b": entry({"last": [1] * 10, "mean of runs": [1] * 10})}}
+    assert study.row_of(found, "b", "last", [("a", "a", "last")])["mrr - a"][0] == 0
+    assert study.row_of(found, "b", "mean of runs", [("a", "a", "last")])["mrr - a"][0] == 0.25
+    found["recipes"]["b"]["settings"] = {"epochs": 0}
+    assert study.row_of(found, "b", "last", [("a", "a", "last")])["mrr - a"][0] == 0.25
+
+
 def test_times_are_compared_in_the_same_precision_only():
     quick, slow = entry({"last": [1] * 10}), entry({"last": [1] * 10, "mean of runs": [1] * 10}, study.SEEDS)
     for key, cell in slow["cells"].items():
