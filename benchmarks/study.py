@@ -461,7 +461,8 @@ def ranks_by_seed(entry, readout):
 
 def rank_table(entry, readout):
     """Ranks (seeds, queries) of a recipe's readout; None where there are none."""
-    return np.array(list(ranks_by_seed(entry, readout).values())) if ranks_by_seed(entry, readout) else None
+    found = ranks_by_seed(entry, readout)
+    return np.array(list(found.values())) if found else None
 
 
 def paired_ranks(study, one, two):
@@ -475,10 +476,9 @@ def paired_ranks(study, one, two):
         readout in SOUPS or study["recipes"][name]["settings"].get("epochs") == 0
         for name, readout in (one, two)
     )
-    seeds = [set(ranks[0]) & set(ranks[1])] * 2 if not unseeded else [set(ranks[0]), set(ranks[1])]
+    common = set(ranks[0]) & set(ranks[1])
     return [
-        np.array([r for seed, r in own.items() if seed in kept])
-        for own, kept in zip(ranks, seeds, strict=True)
+        np.array([r for seed, r in own.items() if unseeded or not common or seed in common]) for own in ranks
     ]
 
 
