@@ -823,7 +823,8 @@ def text_across_recipes(summary):
     if seeds:
         lines.append(
             f"**How far seeds differ** (MRR of the last weights, one figure per seed): {seeds}. "
-            "An interval covers the choice of queries, not of seeds: one seed cannot tell this little apart."
+            "An interval covers the choice of queries, not of seeds or precisions (which differ between the "
+            "machines of this study): one seed cannot tell this little apart."
         )
     for name, ways in summary.get("best epoch", {}).items():
         parts = ", ".join(
