@@ -54,10 +54,10 @@ class Recipe:
     """A row of the study. config: what differs from TrainConfig's defaults."""
 
     config: dict = dataclasses.field(default_factory=dict)
-    seeds: tuple = SEEDS[:1]
+    seeds: tuple = SEEDS
     extra: tuple = ()  # names in EXTRA: further training pairs
     hard_negatives: int = 0  # of the base model's best wrong codes, per query
-    every_epoch: bool = False  # with the first seed also ranks after each epoch
+    every_epoch: bool = False  # also ranks after each epoch, and of their average
     soup: bool = False  # also the mean of the weights of all seeds' runs
     library: str = ""  # "sentence-transformers" or "FlagEmbedding": their trainer, their defaults
     leaking: bool = False  # the original loop's faulty accumulation
@@ -96,11 +96,11 @@ def fold_numbers(pairs, folds=FOLDS, seed=0):
 
 def with_hard_negatives(pairs, base, count):
     """The pairs with a "neg" list: the `count` wrong codes that the base model ranks highest."""
+    from recipes.data import positives_of  # only here: it brings faiss
+
     encoder = ft.Encoder(base).eval()
     codes = list(dict.fromkeys(pair["pos_doc"] for pair in pairs))
-    right = {}
-    for pair in pairs:
-        right.setdefault(pair["query"], set()).add(pair["pos_doc"])
+    right = positives_of(pairs)
     with torch.no_grad():
         scores = ft.embed(encoder, [p["query"] for p in pairs]) @ ft.embed(encoder, codes).T
     rows = []
@@ -192,11 +192,6 @@ def average(states):
     return {name: torch.stack([s[name].float() for s in states]).mean(0) for name in states[0]}
 
 
-def between(start, end, alpha):
-    """Weights on the line from start to end (WiSE-FT, arXiv 2109.01903)."""
-    return {name: torch.lerp(start[name].float(), w.float(), alpha) for name, w in end.items()}
-
-
 def copy_of(encoder):
     return {name: w.detach().clone() for name, w in encoder.backbone.state_dict().items()}
 
@@ -271,7 +266,7 @@ def keep_weights(weights, file):
 def weights_of_cell(recipe, config, base, train_pairs, kept):
     """{readout: weights} of one cell, and the loss per step of its training.
 
-    "last" and "halfway" to the base; with every_epoch and the first seed "average" of the last three epochs,
+    "last" and "halfway" to the base; with every_epoch "average" of the last three epochs,
     "average, halfway", "epoch N", and "alpha 0.25" and "alpha 0.75" of the way from base to last; with soup
     and the last seed "mean of runs", and parts of the way from the base to it.
     """
@@ -282,21 +277,21 @@ def weights_of_cell(recipe, config, base, train_pairs, kept):
         with tempfile.TemporaryDirectory() as folder:
             last = train_with_library(recipe.library, base, train_pairs, config.seed, Path(folder))
         last = {name: last[name] for name in start}
-        return {"last": last, "halfway": between(start, last, 0.5)}, []
+        return {"last": last, "halfway": ft.between(start, last, 0.5)}, []
     epochs, losses = epochs_of_run(recipe, config, base, train_pairs)
     last = epochs[-1]
-    found = {"last": last, "halfway": between(start, last, 0.5)}
+    found = {"last": last, "halfway": ft.between(start, last, 0.5)}
     if recipe.soup:
         keep_weights(last, kept / f"{config.seed}.pt")
     if recipe.soup and config.seed == SEEDS[-1]:
         soup = mean_of_runs(recipe, config, base, train_pairs, kept)
         found["mean of runs"] = soup
-        found |= {f"mean of runs, alpha {alpha}": between(start, soup, alpha) for alpha in ALPHAS}
-    if recipe.every_epoch and config.seed == SEEDS[0]:
+        found |= {f"mean of runs, alpha {alpha}": ft.between(start, soup, alpha) for alpha in ALPHAS}
+    if recipe.every_epoch:
         mean = average(epochs[-3:])
-        found |= {"average": mean, "average, halfway": between(start, mean, 0.5)}
+        found |= {"average": mean, "average, halfway": ft.between(start, mean, 0.5)}
         found |= {f"epoch {n}": weights for n, weights in enumerate(epochs, 1)}
-        found |= {f"alpha {alpha}": between(start, last, alpha) for alpha in (0.25, 0.75)}
+        found |= {f"alpha {alpha}": ft.between(start, last, alpha) for alpha in (0.25, 0.75)}
     return found, losses
 
 
@@ -336,8 +331,6 @@ def run_cell(task):
     if recipe.hard_negatives:
         train_pairs = with_hard_negatives(train_pairs, base, recipe.hard_negatives)
     config = config_of(recipe, seed, len(train_pairs))
-    first = fold == 0 and seed == SEEDS[0]  # the cell whose losses and general retrieval are kept
-    last = fold == 0 and seed == SEEDS[-1]  # the same for the mean of runs
     torch.manual_seed(seed)
     kept = Path(scratch) / f"{list(RECIPES).index(name)}-{fold}"
     kept.mkdir(exist_ok=True)
@@ -347,7 +340,7 @@ def run_cell(task):
         encoder.backbone.load_state_dict(weights)
         result = ft.evaluate(encoder, [pairs[i] for i in test], candidates=pairs)
         ranks[readout] = " ".join(map(str, result["ranks"]))
-        if (first and not readout.startswith(("epoch", "alpha"))) or (last and readout in SOUPS):
+        if fold == 0 and not readout.startswith(("epoch", "alpha")):  # one fold per seed tells enough
             general[readout] = round(general_ndcg(encoder), 4)
     return {
         "queries": " ".join(map(str, test)),
@@ -356,7 +349,7 @@ def run_cell(task):
         "precision": config.precision,
         "train_pairs": len(train_pairs),
         **({"general": general} if general else {}),
-        **({"losses": [round(x, 4) for x in losses]} if first else {}),
+        **({"losses": [round(x, 4) for x in losses]} if fold == 0 and seed == SEEDS[0] else {}),
     }
 
 
@@ -510,11 +503,13 @@ def row_of(study, name, readout="last", against=()):
     cells = entry["cells"].values()
     seconds = [cell["seconds"] for cell in cells if cell["seconds"]]
     trainings = len(SEEDS) if readout in SOUPS else 1
-    row = {"recipe": name, "readout": readout, "seeds": len(ranks), "queries": ranks.shape[1]}
+    seeds = trainings if readout in SOUPS else len(ranks)
+    row = {"recipe": name, "readout": readout, "seeds": seeds, "queries": ranks.shape[1]}
     row |= {"recall@1": ft.bootstrap_interval(recall), "mrr": ft.bootstrap_interval(reciprocal)}
+    row |= {"mrr of seeds": (1 / ranks).mean(axis=1).tolist()}
     row |= {"minutes": round(float(np.median(seconds or [0])) * trainings / 60, 2)}
-    general = (cell["general"][readout] for cell in cells if readout in cell.get("general", {}))
-    row |= {"general": next(general, None)}
+    general = [cell["general"][readout] for cell in cells if readout in cell.get("general", {})]
+    row |= {"general": round(float(np.mean(general)), 4) if general else None}
     for label, other, other_readout in against:
         pair = paired_ranks(study, (name, readout), (other, other_readout))
         (own_r, own_m), (r, m) = map(per_query, pair)
@@ -527,28 +522,31 @@ def row_of(study, name, readout="last", against=()):
     return row
 
 
+def folds_of(entry):
+    """The fold (queries,) in which each query was held out."""
+    folds = {}
+    for key, cell in entry["cells"].items():
+        folds |= dict.fromkeys(map(int, cell["queries"].split()), int(key.split("-")[1]))
+    return np.array([folds[i] for i in sorted(folds)])
+
+
 def chosen_elsewhere(study, candidates):
-    """Each fold judged by the candidate that did best on the other folds: (ranks (1, queries), choices).
+    """Each fold judged by the candidate that did best on the other folds.
 
-    candidates: [(recipe, readout)], each with the first seed that has it. The models of the other folds have
-    seen this fold's pairs in training, but no figure of this fold takes part in its choice.
+    candidates: [(recipe, readout)], each scored by the mean of its seeds. Returns (Recall@1 and MRR of each
+    query, the choice for each fold). The models of the other folds have seen this fold's pairs in training,
+    but no figure of this fold takes part in its choice.
     """
-    cells = {}
-    for name, readout in candidates:
-        own = study["recipes"][name]["cells"]
-        seed = next(s for s in SEEDS if readout in own.get(f"{s}-0", {"ranks": ()})["ranks"])
-        cells[name, readout] = [own[f"{seed}-{fold}"] for fold in range(FOLDS)]
-    ranks = {c: [np.array(cell["ranks"][c[1]].split(), int) for cell in row] for c, row in cells.items()}
-    stitched, choices = {}, []
+    entries = study["recipes"]
+    scores = {c: np.array(per_query(rank_table(entries[c[0]], c[1]))) for c in candidates}
+    folds, choices = folds_of(entries[candidates[0][0]]), []
+    found = np.empty((2, len(folds)))
     for fold in range(FOLDS):
-
-        def elsewhere(c, fold=fold):
-            return (1 / np.concatenate([r for f, r in enumerate(ranks[c]) if f != fold])).mean()
-
-        best = max(candidates, key=elsewhere)
+        own = folds == fold
+        best = max(candidates, key=lambda c, own=own: scores[c][1, ~own].mean())
+        found[:, own] = scores[best][:, own]
         choices.append(best)
-        stitched |= dict(zip(map(int, cells[best][fold]["queries"].split()), ranks[best][fold], strict=True))
-    return np.array([[stitched[i] for i in sorted(stitched)]]), choices
+    return found, choices
 
 
 def complete_seeds(study, name):
@@ -589,12 +587,12 @@ def plain(**changes):
 
 
 RECIPES = {
-    "none": Recipe(config=plain(epochs=0)),
-    "default": Recipe(rewrites=BOTH, seeds=SEEDS, every_epoch=True, soup=True),
-    "original": Recipe(config=common.ORIGINAL, seeds=SEEDS),
+    "none": Recipe(config=plain(epochs=0), seeds=SEEDS[:1]),  # nothing in it is random
+    "default": Recipe(rewrites=BOTH, every_epoch=True, soup=True),
+    "original": Recipe(config=common.ORIGINAL),
     "sentence-transformers": Recipe(config=PLAIN, library="sentence-transformers"),
     "FlagEmbedding": Recipe(config=PLAIN, library="FlagEmbedding"),
-    "plain": Recipe(config=PLAIN, seeds=SEEDS, every_epoch=True),
+    "plain": Recipe(config=PLAIN, every_epoch=True),
     "batch 8": Recipe(config=plain(batch_size=8)),
     "batch 16": Recipe(config=plain(batch_size=16)),
     "batch 341": Recipe(config=plain(batch_size=None, backward="gradcache")),
@@ -739,7 +737,8 @@ def draw(study, question, figure_file):
     best = max(found, key=lambda item: item[1]["mrr"][0])
     clear = [label for label, row in found[1:] if row["mrr - first"][1] > 0]
     worse = [label for label, row in found[1:] if row["mrr - first"][2] < 0]
-    tail = f"{len(clear)} clearly above “{found[0][0]}”, {len(worse)} clearly below (paired)"
+    counts = [f"{len(rows)} clearly {way}" for way, rows in (("above", clear), ("below", worse)) if rows]
+    tail = f"{' and '.join(counts) or 'none clearly above or below'} “{found[0][0]}” (paired)"
     bars = [
         dict(zip(("label", "value", "lo", "hi"), (label, *row["mrr"]), strict=True)) for label, row in found
     ]
@@ -761,26 +760,35 @@ def best_epoch(study, name):
     Means over seeds. The first is what is usually reported; only the other two are fair.
     """
     entry = study["recipes"][name]
-    found = {"on the same queries": [], "on the other folds": [], "last epoch": []}
-    epochs = [r for r in next(iter(entry["cells"].values()))["ranks"] if r.startswith("epoch ")]
-    for seed in complete_seeds(study, name):
-        cells = [entry["cells"][f"{seed}-{fold}"] for fold in range(FOLDS)]
-        if epochs[0] not in cells[0]["ranks"]:
-            continue
-        ranks = {e: [np.array(cell["ranks"][e].split(), int) for cell in cells] for e in epochs}
+    epochs = list(
+        dict.fromkeys(r for c in entry["cells"].values() for r in c["ranks"] if r.startswith("epoch "))
+    )
+    tables = [ranks_by_seed(entry, epoch) for epoch in epochs]
+    folds, found = folds_of(entry), {"on the same queries": [], "on the other folds": [], "last epoch": []}
+    for seed in tables[0]:
+        ranks = np.array([table[seed] for table in tables])  # (epochs, queries)
         for fold in range(FOLDS):
-            own = {e: (1 / r[fold]).mean() for e, r in ranks.items()}
-            rest = {e: (1 / np.concatenate(r[:fold] + r[fold + 1 :])).mean() for e, r in ranks.items()}
-            for way, epoch in (
-                ("on the same queries", max(own, key=own.get)),
-                ("on the other folds", max(rest, key=rest.get)),
-                ("last epoch", epochs[-1]),
-            ):
-                found[way].append(ranks[epoch][fold])
+            own = folds == fold
+            inside, outside = ((1 / ranks[:, part]).mean(axis=1) for part in (own, ~own))
+            for way, epoch in zip(found, (inside.argmax(), outside.argmax(), -1), strict=True):
+                found[way].append(ranks[epoch, own])
     joined = {way: np.concatenate(r) for way, r in found.items()}
     return {
         way: {"mrr": float((1 / r).mean()), "recall@1": float((r == 1).mean())} for way, r in joined.items()
     }
+
+
+def seed_noise(seeds):
+    """How far runs of one recipe differ. seeds: {recipe: MRR of each seed}.
+
+    "sd": the standard deviation within a recipe, pooled over recipes; "standard error": of the difference
+    between two recipes' means over SEEDS, if nothing but the seeds differed.
+    """
+    degrees = sum(len(row) - 1 for row in seeds.values())
+    sd = (sum(((row - row.mean()) ** 2).sum() for row in seeds.values()) / degrees) ** 0.5
+    widest = max(seeds, key=lambda name: np.ptp(seeds[name]))
+    found = {"recipes": len(seeds), "sd": float(sd), "standard error": float(sd * (2 / len(SEEDS)) ** 0.5)}
+    return found | {"widest": [widest, float(min(seeds[widest])), float(max(seeds[widest]))]}
 
 
 def across_recipes(study):
@@ -794,14 +802,18 @@ def across_recipes(study):
         if measured(study, name, readout)
     ]
     if len(candidates) > 1:
-        ranks, choices = chosen_elsewhere(study, candidates)
-        recall, reciprocal = per_query(ranks)
+        (recall, reciprocal), choices = chosen_elsewhere(study, candidates)
         scores = {"recall@1": ft.bootstrap_interval(recall), "mrr": ft.bootstrap_interval(reciprocal)}
         result["chosen on the other folds"] = {**scores, "choices": [" / ".join(c) for c in choices]}
+    seeds = {
+        name: (1 / rank_table(study["recipes"][name], "last")).mean(axis=1)
+        for name, recipe in RECIPES.items()
+        # Where all pairs are one batch, the seed draws nothing.
+        if len(complete_seeds(study, name)) > 1 and recipe.config.get("batch_size", 80)
+    }
+    if seeds:
+        result["seeds"] = seed_noise(seeds)
     for name in RECIPES:
-        if len(complete_seeds(study, name)) > 1:
-            seeds = ranks_by_seed(study["recipes"][name], "last")
-            result.setdefault("seeds", {})[name] = [float((1 / ranks).mean()) for ranks in seeds.values()]
         if RECIPES[name].every_epoch and finished(study, name):
             result.setdefault("best epoch", {})[name] = best_epoch(study, name)
     return result
@@ -817,14 +829,14 @@ def text_across_recipes(summary):
             f"Recall@1 {shown(chosen['recall@1'])}, MRR {shown(chosen['mrr'])}; "
             f"chosen: {', '.join(f'{c} ({n} folds)' for c, n in counts.items())}."
         )
-    seeds = "; ".join(
-        f"{n} {', '.join(f'{x:.3f}' for x in row)}" for n, row in summary.get("seeds", {}).items()
-    )
-    if seeds:
+    if "seeds" in summary:
+        noise, (widest, low, high) = summary["seeds"], summary["seeds"]["widest"]
         lines.append(
-            f"**How far seeds differ** (MRR of the last weights, one figure per seed): {seeds}. "
-            "An interval covers the choice of queries, not of seeds or precisions (which differ between the "
-            "machines of this study): one seed cannot tell this little apart."
+            f"**How far seeds differ**: the MRR of a recipe's last weights has a standard deviation of "
+            f"{noise['sd']:.3f} over seeds, pooled over {noise['recipes']} recipes; widest: {widest}, "
+            f"{low:.3f} to {high:.3f}. The intervals cover the choice of queries, not of seeds: two recipes "
+            f"that differ in nothing else differ by {noise['standard error']:.3f} (one standard error) in "
+            f"the means of {len(SEEDS)} seeds each."
         )
     for name, ways in summary.get("best epoch", {}).items():
         parts = ", ".join(
@@ -865,6 +877,7 @@ def report(study, out, figure_folder=ROOT / "images", readme=common.README):
         "seeds",
         "Recall@1",
         "MRR",
+        "of each seed",
         "MRR − no training",
         "MRR − original recipe",
         "general nDCG@10",
@@ -873,6 +886,7 @@ def report(study, out, figure_folder=ROOT / "images", readme=common.README):
     table = [
         [
             row["recipe"], row["readout"], row["seeds"], shown(row["recall@1"]), shown(row["mrr"]),
+            "" if len(row["mrr of seeds"]) < 2 else ", ".join(f"{x:.3f}" for x in row["mrr of seeds"]),
             *(shown(row[key], True) if (key := f"mrr - {x}") in row else "" for x in ("base", "original")),
             "" if row["general"] is None else f"{row['general']:.3f}", row["minutes"],
         ]

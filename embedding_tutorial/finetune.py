@@ -9,7 +9,7 @@ __all__ = ['duplicate_mask', 'info_nce', 'read_text', 'read_rows', 'field_of', '
            'set_random_state', 'backward_gradcache', 'PassageQueue', 'Run', 'start_run', 'compute_gradients',
            'compute_gradients_safely', 'one_update', 'rank_of_positive', 'recall_at_1', 'mrr', 'evaluate', 'save_model',
            'run_identity', 'save_run', 'restore_run', 'check_before_training', 'open_run', 'close_epoch', 'train',
-           'interpolate', 'vectors_elsewhere', 'bootstrap_interval', 'sign_flip_test', 'compare']
+           'between', 'interpolate', 'vectors_elsewhere', 'bootstrap_interval', 'sign_flip_test', 'compare']
 
 # %% ../01-train_embedding_with_validation.ipynb #2fa6eda9
 import contextlib
@@ -775,15 +775,18 @@ def train(base, train_pairs, val_pairs, config, folder, device="cpu", progress=T
             bar.update()
     return run.encoder.eval(), run.history
 
-# %% ../01-train_embedding_with_validation.ipynb #7e9f0a8e
-def interpolate(base, tuned, alpha):
-    """An Encoder with weights (1 − alpha) · base + alpha · tuned. base, tuned: Encoders of the same model; ValueError otherwise."""
-    start, end = base.state_dict(), tuned.state_dict()
+# %% ../01-train_embedding_with_validation.ipynb #1f2034cc
+def between(start, end, alpha):
+    """The state dict (1 − alpha) · start + alpha · end, in fp32. start, end: state dicts of the same model; ValueError otherwise."""
     if start.keys() != end.keys():
         raise ValueError("the two models do not have the same weights")
-    mixed = {name: torch.lerp(w.float(), end[name].float(), alpha) if w.is_floating_point() else w for name, w in start.items()}
+    return {name: torch.lerp(w.float(), end[name].float(), alpha) if w.is_floating_point() else w for name, w in start.items()}
+
+
+def interpolate(base, tuned, alpha):
+    """An Encoder with the weights `between` those of two Encoders."""
     model = Encoder(base.folder, base.max_length)
-    model.load_state_dict(mixed)
+    model.load_state_dict(between(base.state_dict(), tuned.state_dict(), alpha))
     return model.to(base.device).eval()
 
 # %% ../01-train_embedding_with_validation.ipynb #f98e77a1

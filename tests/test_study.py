@@ -1,5 +1,6 @@
 """benchmarks/study.py: folds without leaks, choices that do not see what they report, resuming."""
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -97,16 +98,22 @@ def test_the_choice_does_not_see_the_fold_it_is_judged_on():
     a = [9 if i % 5 == 0 else 1 for i in range(10)]
     b = [1 if i % 5 == 0 else 2 for i in range(10)]
     found = {"recipes": {"a": entry({"last": a}), "b": entry({"last": b})}}
-    ranks, choices = study.chosen_elsewhere(found, [("a", "last"), ("b", "last")])
-    assert choices[0] == ("a", "last") and ranks[0, 0] == ranks[0, 5] == 9
+    (recall, reciprocal), choices = study.chosen_elsewhere(found, [("a", "last"), ("b", "last")])
+    assert choices[0] == ("a", "last") and reciprocal[0] == reciprocal[5] == 1 / 9 and recall[0] == 0
 
 
-def test_averages_and_lines_between_weights():
+def test_the_noise_of_seeds_is_pooled_within_recipes():
+    noise = study.seed_noise({"a": np.array([0.8, 0.81, 0.82]), "b": np.array([0.4, 0.42, 0.44])})
+    assert noise["sd"] == pytest.approx(((0.01**2 + 0.02**2) / 2) ** 0.5)
+    assert noise["standard error"] == pytest.approx(noise["sd"] * (2 / 3) ** 0.5)
+    assert noise["widest"] == ["b", 0.4, 0.44] and noise["recipes"] == 2
+
+
+def test_averages_of_weights():
     import torch
 
     one, three = {"w": torch.ones(2)}, {"w": torch.full((2,), 3.0)}
     assert study.average([one, three])["w"].tolist() == [2, 2]
-    assert study.between(one, three, 0.25)["w"].tolist() == [1.5, 1.5]
 
 
 def test_ndcg_of_the_base_model_is_the_one_that_mteb_reports():
@@ -144,13 +151,14 @@ def test_finished_cells_are_not_run_again(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(study, "run_cell", cell)
     monkeypatch.setattr(study.concurrent.futures, "ProcessPoolExecutor", Here)
-    monkeypatch.setattr(study, "RECIPES", {"a": study.Recipe(), "b": study.Recipe(config={"epochs": 2})})
+    once = functools.partial(study.Recipe, seeds=(42,))
+    monkeypatch.setattr(study, "RECIPES", {"a": once(), "b": once(config={"epochs": 2})})
     out = tmp_path / "study.json"
     study.measure(["a"], data, out, 1)
     assert len(ran) == 5 and "5/5 a, seed 42" in capsys.readouterr().out
     study.measure(["a", "b"], data, out, 1)
     assert len(ran) == 10 and {name for name, *_ in ran[5:]} == {"b"}
-    monkeypatch.setattr(study, "RECIPES", {"a": study.Recipe(config={"epochs": 3})})
+    monkeypatch.setattr(study, "RECIPES", {"a": once(config={"epochs": 3})})
     study.measure(["a"], data, out, 1)
     assert len(ran) == 15 and "measured again" in capsys.readouterr().out
     assert len(checkpoints.read_json(out)["recipes"]["b"]["cells"]) == 5
@@ -213,3 +221,36 @@ def test_each_data_file_has_figures_and_a_section_of_its_own(tmp_path):
     text = readme.read_text(encoding="utf-8")
     assert [f.name for f in figures.iterdir()] == ["study_x_recipes.png"] and "study_x_recipes.png" in text
     assert "--data data/x.json" in text and "+0.500 [+0.500, +0.500]" in text
+
+
+def test_the_readme_quotes_the_study():
+    """Each figure that the README takes from study.json and study_pocket.json, as it stands there today."""
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").replace("**", "").split())
+    rows = {}
+    for file in ("study.json", "study_pocket.json"):
+        summary = checkpoints.read_json(ROOT / "benchmarks" / "results" / file)["summary"]
+        rows[file] = {(row["recipe"], row["readout"]): row for row in summary["rows"]}
+    ours, pocket = (found["default", study.OURS] for found in rows.values())
+    none, before = (found["none", "last"] for found in rows.values())
+    original, fault, accumulated = (
+        rows["study.json"][name, "last"] for name in ("original", "faulty schedule", "accumulation")
+    )
+    last, halfway = (rows["study.json"]["default", readout] for readout in ("last", "halfway"))
+    both = [f"{row['recall@1'][0]:.3f} and {row['mrr'][0]:.3f}" for row in (none, original)]
+    signed = functools.partial(study.shown, sign=True)
+    for quote in (
+        f"Recall@1 {ours['recall@1'][0]:.3f} and MRR {study.shown(ours['mrr'])}",
+        f"(no training: {both[0]}; the original recipe: {both[1]}; paired",
+        f"difference of the MRRs {signed(ours['mrr - original'])}",
+        f"nDCG@10 {none['general']:.3f} → {ours['general']:.3f}",
+        f"rewrites of the training problems ({signed(last['mrr - without rewrites'])}",
+        f"halfway back to the base ({signed(halfway['mrr - default, last'])})",
+        f"({signed(ours['mrr - default, halfway'])} more)",
+        f"5 × 16 against 80 at once {signed(accumulated['mrr - plain'])} MRR",
+        f"costs no MRR that shows ({signed(fault['mrr - original'])} with it)",
+        *(
+            f"{signed(pocket[f'{key} - base'])} {name} ({before[key][0]:.3f} → {pocket[key][0]:.3f})"
+            for key, name in (("mrr", "MRR"), ("recall@1", "Recall@1"))
+        ),
+    ):
+        assert quote in text, quote
