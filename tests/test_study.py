@@ -109,11 +109,12 @@ def test_the_noise_of_seeds_is_pooled_within_recipes():
     assert noise["widest"] == ["b", 0.4, 0.44] and noise["recipes"] == 2
 
 
-def test_averages_of_weights():
+def test_averages_and_lines_between_weights():
     import torch
 
     one, three = {"w": torch.ones(2)}, {"w": torch.full((2,), 3.0)}
     assert study.average([one, three])["w"].tolist() == [2, 2]
+    assert finetune.between(one, three, 0.25)["w"].tolist() == [1.5, 1.5]
 
 
 def test_ndcg_of_the_base_model_is_the_one_that_mteb_reports():
