@@ -792,7 +792,7 @@ def seed_noise(seeds):
 
 
 def across_recipes(study):
-    """A choice of recipe that does not see what it reports, how far seeds differ, how the best epoch flatters."""
+    """A choice of recipe that does not see what it reports, the luck of seeds, and of the best epoch."""
     result = {}
     candidates = [
         (name, readout)
