@@ -775,7 +775,7 @@ def train(base, train_pairs, val_pairs, config, folder, device="cpu", progress=T
             bar.update()
     return run.encoder.eval(), run.history
 
-# %% ../01-train_embedding_with_validation.ipynb #1f2034cc
+# %% ../01-train_embedding_with_validation.ipynb #20191a78
 def between(start, end, alpha):
     """The state dict (1 − alpha) · start + alpha · end, in fp32. start, end: state dicts of the same model; ValueError otherwise."""
     if start.keys() != end.keys():
@@ -784,7 +784,7 @@ def between(start, end, alpha):
 
 
 def interpolate(base, tuned, alpha):
-    """An Encoder with the weights `between` those of two Encoders."""
+    """An Encoder with the weights `between` those of two Encoders; ValueError where they are different models."""
     model = Encoder(base.folder, base.max_length)
     model.load_state_dict(between(base.state_dict(), tuned.state_dict(), alpha))
     return model.to(base.device).eval()

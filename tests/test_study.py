@@ -102,11 +102,30 @@ def test_the_choice_does_not_see_the_fold_it_is_judged_on():
     assert choices[0] == ("a", "last") and reciprocal[0] == reciprocal[5] == 1 / 9 and recall[0] == 0
 
 
+def test_a_readout_of_fewer_seeds_is_not_reported():
+    found = {"recipes": {"plain": entry({"last": [1] * 10, "average": [1] * 10})}}
+    cells = found["recipes"]["plain"]["cells"]
+    cells |= entry({"last": [2] * 10}, seeds=(43,))["cells"]
+    assert study.measured(found, "plain") and not study.measured(found, "plain", "average")
+    del cells["43-4"]  # a seed that is not whole counts for nothing
+    assert study.measured(found, "plain", "average")
+    assert not study.measured(found, "default") and not study.measured(found, "plain", study.OURS)
+
+
 def test_the_noise_of_seeds_is_pooled_within_recipes():
     noise = study.seed_noise({"a": np.array([0.8, 0.81, 0.82]), "b": np.array([0.4, 0.42, 0.44])})
     assert noise["sd"] == pytest.approx(((0.01**2 + 0.02**2) / 2) ** 0.5)
     assert noise["standard error"] == pytest.approx(noise["sd"] * (2 / 3) ** 0.5)
     assert noise["widest"] == ["b", 0.4, 0.44] and noise["recipes"] == 2
+
+
+def test_a_verdict_that_needs_the_other_seeds_is_named():
+    plain, other, same = entry({"last": [2] * 10}), entry({"last": [2] * 10}), entry({"last": [1] * 10})
+    for recipe, ranks in ((plain, [2] * 10), (other, [1] * 10), (same, [1] * 10)):
+        recipe["cells"] |= entry({"last": ranks}, seeds=(43,))["cells"]
+    found = {"recipes": {"plain": plain, "other": other, "same": same}}
+    rows = [study.row_of(found, name, against=[("plain", "plain", "last")]) for name in found["recipes"]]
+    assert study.otherwise_with_one_seed(found, rows) == {"other": (0, 0, 0)}
 
 
 def test_averages_and_lines_between_weights():
@@ -236,6 +255,7 @@ def test_the_readme_quotes_the_study():
     original, fault, accumulated = (
         rows["study.json"][name, "last"] for name in ("original", "faulty schedule", "accumulation")
     )
+    longer, harder = (rows["study.json"][name, "halfway"] for name in ("10 epochs", "hard negatives"))
     last, halfway = (rows["study.json"]["default", readout] for readout in ("last", "halfway"))
     both = [f"{row['recall@1'][0]:.3f} and {row['mrr'][0]:.3f}" for row in (none, original)]
     signed = functools.partial(study.shown, sign=True)
@@ -248,7 +268,9 @@ def test_the_readme_quotes_the_study():
         f"halfway back to the base ({signed(halfway['mrr - default, last'])})",
         f"({signed(ours['mrr - default, halfway'])} more)",
         f"5 × 16 against 80 at once {signed(accumulated['mrr - plain'])} MRR",
-        f"costs no MRR that shows ({signed(fault['mrr - original'])} with it)",
+        f"the fault costs no MRR ({signed(fault['mrr - original'])} with it",
+        f"ten epochs ({signed(longer['mrr - plain, halfway'])}) and",
+        f"hard negatives ({signed(harder['mrr - plain, halfway'])}) are ahead",
         *(
             f"{signed(pocket[f'{key} - base'])} {name} ({before[key][0]:.3f} → {pocket[key][0]:.3f})"
             for key, name in (("mrr", "MRR"), ("recall@1", "Recall@1"))
