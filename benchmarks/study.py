@@ -786,16 +786,11 @@ def seed_noise(seeds):
 
 def otherwise_with_one_seed(study, rows):
     """{recipe: its difference from "plain" with the first seed alone}, where that ends in another verdict."""
-    alone = {}
-    for name, entry in study["recipes"].items():
-        own = {key: cell for key, cell in entry["cells"].items() if key.startswith(f"{SEEDS[0]}-")}
-        alone[name] = {**entry, "cells": own}
     found = {}
     for row in rows:
         if row["readout"] == "last" and row["seeds"] > 1 and "mrr - plain" in row:
-            one = row_of({"recipes": alone}, row["recipe"], against=[("plain", "plain", "last")])[
-                "mrr - plain"
-            ]
+            own, plain_ranks = (rank_table(study["recipes"][n], "last")[0] for n in (row["recipe"], "plain"))
+            one = ft.bootstrap_interval(1 / own - 1 / plain_ranks)
             if verdict(one) != verdict(row["mrr - plain"]):
                 found[row["recipe"]] = one
     return found
