@@ -30,7 +30,8 @@ bench: .venv/.dev
 # Goes on where it stopped; from nothing it takes about seven hours on 2 cores (the sum of the cells in the two results).
 study: .venv/.dev
 	$(BIN)/python benchmarks/study.py
-	$(BIN)/python benchmarks/study.py --data data/pocket_mbpp.json --out benchmarks/results/study_pocket.json --only none default
+	$(BIN)/python benchmarks/study.py --data data/pocket_mbpp.json --out benchmarks/results/study_pocket.json --only base default rewrites
+	$(BIN)/python benchmarks/study.py --report
 
 recipes: .venv/.dev
 	$(BIN)/python recipes/run_all.py

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import torch
 
-from . import assets
-
-ROOT = assets.ROOT
+from . import assets, network
+from .files import ROOT, TutorialError, free_disk_gb
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,14 @@ class Profile:
     learning_rate: float
     minutes: str             # of both notebooks, after the install
     memory: str
+
+    def config(self, device):
+        """The training settings that this profile decides: the one source of them, for TrainConfig(**...)."""
+        return {
+            "learning_rate": self.learning_rate,
+            "precision": training_precision(self, device),
+            "token_budget": self.token_budget,
+        }
 
 
 PROFILES = {
@@ -72,7 +79,7 @@ def choose_profile(override=None):
 
     override: "full", "pocket", "auto" or None; None reads TUTORIAL_PROFILE, whose default is "auto".
     `auto` takes `full` where a CUDA device is present and BGE-M3 is on disk or a model hub answers.
-    Raises AssetError for an unknown name, and for `full` on a machine without CUDA.
+    Raises TutorialError for an unknown name, and for `full` on a machine without CUDA.
     """
     wanted = override or os.environ.get("TUTORIAL_PROFILE") or "auto"
     source = "chosen in the first cell" if override else "chosen by TUTORIAL_PROFILE"
@@ -81,18 +88,18 @@ def choose_profile(override=None):
         return PROFILES["pocket"], source
     if wanted == "full":
         if not cuda:
-            raise assets.AssetError(
+            raise TutorialError(
                 "The full profile needs a CUDA GPU and torch.cuda.is_available() is False here. "
                 "Remedy: TUTORIAL_PROFILE=pocket, or a torch build with CUDA on a machine with a GPU.")
         return PROFILES["full"], source
     if wanted != "auto":
-        raise assets.AssetError(f"Unknown profile {wanted!r}. TUTORIAL_PROFILE takes full, pocket or auto.")
+        raise TutorialError(f"Unknown profile {wanted!r}. TUTORIAL_PROFILE takes full, pocket or auto.")
     if not cuda:
         return PROFILES["pocket"], "auto: no CUDA GPU here"
     if assets.local_bge_m3():
         return PROFILES["full"], "auto: a CUDA GPU and a local BGE-M3"
     print("A CUDA GPU is here; asking the model hub whether BGE-M3 can be had (3 s at most) ...")
-    reachable, why = assets.can_reach_hub()
+    reachable, why = network.can_reach_hub()
     if reachable:
         return PROFILES["full"], f"auto: a CUDA GPU, and {why}"
     return PROFILES["pocket"], f"auto: a CUDA GPU, but no BGE-M3 on disk and {why}"
@@ -128,16 +135,7 @@ def describe(profile, reason):
         "precision": f"{training_precision(profile, device)} training, {profile.encode_precision} encoding",
         "time": profile.minutes,
         "memory": profile.memory,
-        "free disk": f"{assets.free_disk_gb(ROOT):.0f} GB",
+        "free disk": f"{free_disk_gb(ROOT):.0f} GB",
         "to change": "TUTORIAL_PROFILE=full|pocket, or PROFILE in this cell",
     }
     return "\n".join(f"{name:>10}: {value}" for name, value in rows.items())
-
-
-def relative(path):
-    """A path for printing: relative to the repository where possible, else only its last two parts."""
-    path = Path(path)
-    try:
-        return str(path.resolve().relative_to(ROOT.resolve()))
-    except ValueError:
-        return str(Path("…", *path.parts[-2:]))

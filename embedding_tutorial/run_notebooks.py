@@ -13,7 +13,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-from .checkpoints import atomic_file
+from .files import atomic_file
 
 
 class LiveClient(NotebookClient):

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from transformers import HfArgumentParser, TrainerCallback
 
-from embedding_tutorial.checkpoints import write_json
+from embedding_tutorial.files import write_json
 
 PREFIX = {"base": "EncoderOnlyEmbedder", "m3": "EncoderOnlyEmbedderM3"}
 PROGRESS = "progress:"

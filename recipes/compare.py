@@ -16,17 +16,10 @@ import scipy.sparse
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from embedding_tutorial import checkpoints, plots  # noqa: E402
-from embedding_tutorial.assets import AssetError, sha256_of  # noqa: E402
-from embedding_tutorial.finetune import (  # noqa: E402
-    Encoder,
-    bootstrap_interval,
-    embed,
-    rank_of_positive,
-    read_pooling,
-    sign_flip_test,
-)
-from embedding_tutorial.profiles import relative  # noqa: E402
+from embedding_tutorial import figures  # noqa: E402
+from embedding_tutorial.encoder import HEAD_FILES, Encoder, embed, fingerprint, read_pooling  # noqa: E402
+from embedding_tutorial.files import TutorialError, atomic_file, relative, sha256_of, write_json  # noqa: E402
+from embedding_tutorial.finetune import bootstrap_interval, rank_of_positive, sign_flip_test  # noqa: E402
 from recipes import data, steps  # noqa: E402
 from recipes.models import find_model  # noqa: E402
 
@@ -115,7 +108,7 @@ def m3_scores(folder, queries, passages, max_length=512):
 
 def evaluate(folder, queries, passages, positive):
     """{mode: ranks (n,)} of one checkpoint; positive (n,): the place of each query's passage."""
-    if all((Path(folder) / name).exists() for name in checkpoints.HEAD_FILES):
+    if all((Path(folder) / name).exists() for name in HEAD_FILES):
         scores = m3_scores(folder, queries, passages)
     else:
         scores = {"dense": dense_scores(folder, queries, passages)}
@@ -174,17 +167,29 @@ def table(results):
 
 
 def figure(results, path):
-    """MRR of every row with its interval, against the reference."""
+    """MRR of every row with its interval, against the reference.
+
+    A row whose whole interval lies below two thirds of the reference (a raw BERT, untrained sparse vectors)
+    goes to a panel of its own, so that the others have an axis on which they can be told apart.
+    """
+    triples = [row["mrr"] for row in results["rows"]]
+    mean, name = triples[0][0], label(results["rows"][0])
     rows = [
-        dict(zip(("label", "value", "lo", "hi"), (label(row), *row["mrr"]), strict=True))
-        for row in results["rows"]
+        {"label": label(row), "value": value, "lo": low, "hi": high}
+        | ({"group": "far below, on an axis of their own"} if high < mean * 2 / 3 else {})
+        for row, (value, low, high) in zip(results["rows"], triples, strict=True)
     ]
-    plots.grouped_bars_with_intervals(
+    rows.sort(key=lambda row: "group" in row)  # the reference's panel first
+    best = max(rows, key=lambda row: row["value"])
+    above, below = sum(low > mean for _, low, _ in triples), sum(high < mean for *_, high in triples)
+    figures.intervals(
         rows,
+        f"Highest MRR: {best['label']}, {best['value']:.3f}. Of {len(rows)} intervals, {above} lie above "
+        f"the reference's {mean:.3f} and {below} below",
         path,
         xlabel="MRR",
-        reference=rows[0]["value"],
-        reference_label=f"{rows[0]['label']}: {rows[0]['value']:.3f}",
+        reference=mean,
+        reference_label=f"{name}: {mean:.3f}",
         source=f"{results['queries']} queries against {results['passages']} codes; recipes/compare.py",
     )
 
@@ -208,16 +213,16 @@ def main(words=None):
     args = parser.parse_args(words)
     listed = [tuple(text.partition("=")[::2]) for text in args.checkpoint]
     if not all(name and model for name, model in listed):
-        raise AssetError(f"--checkpoint takes NAME=MODEL, not {args.checkpoint}.")
+        raise TutorialError(f"--checkpoint takes NAME=MODEL, not {args.checkpoint}.")
     train, validation = data.tutorial_pairs(args.train, args.validation)
     settings = {
         "data": [sha256_of(args.train), sha256_of(args.validation)],
-        "checkpoints": [[name, checkpoints.fingerprint(find_model(model))] for name, model in listed],
+        "checkpoints": [[name, fingerprint(find_model(model))] for name, model in listed],
     }
     if steps.open_step(args.output, settings) is None:
         results = compare(listed, validation, train)
-        checkpoints.write_json(args.output / "results.json", results)
-        with checkpoints.atomic_file(args.output / "table.md", "w") as file:
+        write_json(args.output / "results.json", results)
+        with atomic_file(args.output / "table.md", "w") as file:
             file.write(table(results) + "\n")
         figure(results, args.output / "comparison.png")
         steps.close_step(args.output, {"rows": len(results["rows"])})

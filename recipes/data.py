@@ -20,20 +20,11 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from embedding_tutorial import checkpoints, profiles  # noqa: E402
-from embedding_tutorial.assets import ROOT, AssetError, sha256_of  # noqa: E402
-from embedding_tutorial.finetune import (  # noqa: E402
-    Encoder,
-    embed,
-    read_mbpp,
-    read_pairs,
-    read_rewrites,
-    read_rows,
-    split_pairs,
-    with_rewrites,
-    write_pairs,
-)
-from embedding_tutorial.profiles import relative  # noqa: E402
+from embedding_tutorial import profiles  # noqa: E402
+from embedding_tutorial.encoder import Encoder, embed, fingerprint  # noqa: E402
+from embedding_tutorial.files import ROOT, TutorialError, atomic_file, relative, sha256_of  # noqa: E402
+from embedding_tutorial.finetune import split_pairs  # noqa: E402
+from embedding_tutorial.pairs import read_mbpp, read_pairs, read_rows, write_pairs  # noqa: E402
 from recipes import steps  # noqa: E402
 from recipes.models import find_model  # noqa: E402
 
@@ -46,10 +37,8 @@ def tutorial_pairs(train=TRAIN, validation=VALIDATION):
     if not train.exists() and not validation.exists():
         source = profiles.mbpp_path(profiles.PROFILES["pocket"])
         print(f"{relative(train)} is not there: splitting {relative(source)} as notebook 01 does.")
-        parts = split_pairs(read_mbpp(source))
-        rewrites = profiles.rewrites_path(source)
-        write_pairs(train, with_rewrites(parts[0], read_rewrites(rewrites) if rewrites else {}))
-        write_pairs(validation, parts[1])
+        for path, part in zip((train, validation), split_pairs(read_mbpp(source)), strict=True):
+            write_pairs(path, part)
     return read_pairs(train), read_pairs(validation)
 
 
@@ -75,7 +64,7 @@ def random_negatives(pairs, count, seed=42):
     for number, pair in enumerate(pairs, 1):
         wrong = [text for text in passages if text not in right[pair["query"]]]
         if len(wrong) < count:
-            raise AssetError(f"Row {number} can have {len(wrong)} negatives, not {count}. Lower --count.")
+            raise TutorialError(f"Row {number} can have {len(wrong)} negatives, not {count}. Lower --count.")
         rows.append({"query": pair["query"], "pos": [pair["pos_doc"]], "neg": draw.sample(wrong, count)})
     return rows
 
@@ -101,7 +90,7 @@ def hard_negatives(pairs, encoder, count, window=(1, 60), margin=0.02, seed=42):
     """
     first, last = window
     if not 1 <= first <= last or last - first + 1 < count:
-        raise AssetError(f"The ranks {first} to {last} do not hold {count} negatives. Widen --window.")
+        raise TutorialError(f"The ranks {first} to {last} do not hold {count} negatives. Widen --window.")
     right, passages, draw = (
         positives_of(pairs),
         list(dict.fromkeys(p["pos_doc"] for p in pairs)),
@@ -175,15 +164,15 @@ def row_problem(row, group=1, scores=False):
 
 
 def check_file(path, group=1, scores=False):
-    """The rows of a FlagEmbedding file. AssetError with the row number when one is wrong."""
+    """The rows of a FlagEmbedding file. TutorialError with the row number when one is wrong."""
     rows = []
     for number, row in read_rows(path):
         problem = row_problem(row, group, scores)
         if problem:
-            raise AssetError(f"{relative(path)}, row {number}: {problem}. Correct or remove the row.")
+            raise TutorialError(f"{relative(path)}, row {number}: {problem}. Correct or remove the row.")
         rows.append(row)
     if not rows:
-        raise AssetError(f"{relative(path)} holds no rows. Make it again with recipes/data.py.")
+        raise TutorialError(f"{relative(path)} holds no rows. Make it again with recipes/data.py.")
     return rows
 
 
@@ -225,7 +214,7 @@ def make(
         settings["count"] = count
     if kind != "random":
         folder = find_model(model)
-        settings["model"] = checkpoints.fingerprint(folder)
+        settings["model"] = fingerprint(folder)
     if kind == "hard":
         settings |= {"window": list(window), "margin": margin}
     if kind == "teacher":
@@ -243,7 +232,7 @@ def make(
         )
     else:
         rows = teacher_scores(rows, Encoder(folder, 256), temperature)
-    with checkpoints.atomic_file(file, "w") as handle:
+    with atomic_file(file, "w") as handle:
         handle.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     check_file(file, group=2, scores=kind == "teacher")
     first = rows[0]

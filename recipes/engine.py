@@ -21,9 +21,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from embedding_tutorial import checkpoints
-from embedding_tutorial.assets import ROOT, AssetError, sha256_of
-from embedding_tutorial.profiles import PROFILES, relative, training_precision
+from embedding_tutorial.encoder import HEAD_FILES, WEIGHT_FILES, companions, fingerprint, weights_file
+from embedding_tutorial.files import ROOT, TutorialError, atomic_folder, read_json, relative, sha256_of
+from embedding_tutorial.profiles import PROFILES, training_precision
+from embedding_tutorial.runs import require_run_space
 from recipes import data, models
 from recipes.checked_run import PROGRESS
 from recipes.steps import close_step, open_step
@@ -255,44 +256,44 @@ def launch(t, file, line, reports, processes):
         lines = log.read_text(encoding="utf-8").splitlines()
         causes = [line for line in lines if re.match(r"(\[rank\d+\]: ?)?[\w.]*(Error|Exception)\b", line)]
         tail = "\n".join([*dict.fromkeys(causes), "...", *lines[-15:]])
-        raise AssetError(f"torchrun ended with status {status}. The end of {relative(log)}:\n{tail}")
+        raise TutorialError(f"torchrun ended with status {status}. The end of {relative(log)}:\n{tail}")
 
 
 def check_ranks(reports, processes):
     """Compare what the processes wrote; returns the first one's report.
 
-    AssetError unless all trained in one group on different rows, ended with the same finite parameters, and
-    changed them.
+    TutorialError unless all trained in one group on different rows, ended with the same finite
+    parameters, and changed them.
     """
     missing = [n for n in range(processes) if not (Path(reports) / f"rank-{n}.json").exists()]
     if missing:
-        raise AssetError(
+        raise TutorialError(
             f"Processes {missing} of {processes} left no report in {relative(reports)}: see train.log there."
         )
-    found = [checkpoints.read_json(Path(reports) / f"rank-{n}.json") for n in range(processes)]
+    found = [read_json(Path(reports) / f"rank-{n}.json") for n in range(processes)]
     sizes = [report["group_size"] for report in found]
     if set(sizes) != {processes}:
-        raise AssetError(
+        raise TutorialError(
             f"{processes} processes were started, but their groups have the sizes {sizes}: each would "
             "train alone, and torchrun would still end with status 0. On the CPU, --use_cpu is missing."
         )
     if len({report["first_batch"] for report in found}) < processes:
-        raise AssetError(
+        raise TutorialError(
             "Processes saw the same first batch: each trained alone on the same rows, and their parameters "
             "may well be equal. On the CPU, --use_cpu is missing."
         )
     if len({report["after"] for report in found}) > 1:
-        raise AssetError(
+        raise TutorialError(
             "The processes ended with different parameters: gradients were not synchronised, the saved "
             "model knows only the data of the first process. On the CPU, --use_cpu is missing."
         )
     if found[0]["not_finite"]:
-        raise AssetError(
+        raise TutorialError(
             f"Parameters are not finite after training: {found[0]['not_finite'][:5]}. "
             "Lower the learning rate, or train in bf16 rather than fp16."
         )
     if found[0]["after"] == found[0]["before"]:
-        raise AssetError("Training changed no parameter. Look at train.log.")
+        raise TutorialError("Training changed no parameter. Look at train.log.")
     return found[0]
 
 
@@ -306,35 +307,37 @@ def finish_model(work, base, target, pooling):
     SentenceTransformer falls back to mean pooling, wrong for a model trained with CLS. Tokenizer files
     come from the base, since the saved ones keep the truncation of the training run.
     """
-    work, target = Path(work), Path(target)
-    config = checkpoints.read_json(work / "config.json")
-    with checkpoints.atomic_folder(target) as folder:
-        checkpoints.copy_companions(base, folder)
-        for name in ("config.json", *checkpoints.WEIGHT_FILES, *checkpoints.HEAD_FILES):
+    work, base, target = Path(work), Path(base), Path(target)
+    config = read_json(work / "config.json")
+    with atomic_folder(target) as folder:
+        for name in companions(base):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(base / name, folder / name)
+        for name in ("config.json", *WEIGHT_FILES, *HEAD_FILES):
             if (work / name).exists():
                 shutil.copyfile(work / name, folder / name)
-        checkpoints.weights_file(folder)
+        weights_file(folder)
         models.describe_pooling(folder, config["hidden_size"], pooling)
 
 
 def train(t, file, folder, processes=2, cpu=True, deepspeed=None):
     """One run from start to the finished, checked `folder/model`. Returns what `done.json` says.
 
-    t: Training. file: JSON lines in FlagEmbedding's form. AssetError for anything that would fail or
+    t: Training. file: JSON lines in FlagEmbedding's form. TutorialError for anything that would fail or
     mislead later, before torchrun starts where that can be known.
     """
     folder, file = Path(folder).resolve(), Path(file).resolve()
     if t.batch % processes:
-        raise AssetError(
+        raise TutorialError(
             f"A batch of {t.batch} does not divide into {processes} processes. Choose another --batch."
         )
     if not cpu and processes > torch.cuda.device_count():
-        raise AssetError(
+        raise TutorialError(
             f"{processes} processes, but {torch.cuda.device_count()} GPUs here. "
             "Lower --processes, or add --cpu."
         )
     if deepspeed and importlib.util.find_spec("deepspeed") is None:
-        raise AssetError(
+        raise TutorialError(
             "DeepSpeed is not installed here. Remedy: pip install deepspeed, or run without --deepspeed."
         )
     if t.precision == "auto":
@@ -344,13 +347,13 @@ def train(t, file, folder, processes=2, cpu=True, deepspeed=None):
     base = models.find_model(t.model)
     rows = data.check_file(file, group=t.group, scores=t.teacher)
     if len(rows) < t.batch:
-        raise AssetError(
+        raise TutorialError(
             f"{relative(file)} has {len(rows)} rows, fewer than one batch of {t.batch}. Lower --batch."
         )
-    checkpoints.require_run_space(folder, checkpoints.weights_file(base).stat().st_size, keep=0)
+    require_run_space(folder, weights_file(base).stat().st_size, keep=0)
     settings = {
         **dataclasses.asdict(t),
-        "model": checkpoints.fingerprint(base),
+        "model": fingerprint(base),
         "data": sha256_of(file),
         "processes": processes,
         "cpu": cpu,

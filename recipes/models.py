@@ -1,7 +1,6 @@
 """The models that recipes start from, by name: found, downloaded after an announcement, or made here."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -9,9 +8,10 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
-from embedding_tutorial import assets, checkpoints
-from embedding_tutorial.assets import ROOT, AssetError
-from embedding_tutorial.profiles import relative
+from embedding_tutorial import assets
+from embedding_tutorial.encoder import weights_file
+from embedding_tutorial.files import ROOT, TutorialError, atomic_folder, relative, require_disk, write_json
+from embedding_tutorial.network import hub_offline
 
 BERT_REPO = "google-bert/bert-base-uncased"
 BERT_REVISION = "86b5e0934494bd15c9632b12f734a8a67f723594"
@@ -19,7 +19,7 @@ BERT_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_c
 
 
 def find_model(name):
-    """The folder of a model: "minilm", "bge-m3", "bert-base-uncased", or a path. AssetError if none."""
+    """The folder of a model: "minilm", "bge-m3", "bert-base-uncased", or a path. TutorialError if none."""
     if name == "minilm":
         return assets.pocket_model_path()
     if name == "bge-m3":
@@ -28,10 +28,10 @@ def find_model(name):
         return bert_base()
     folder = Path(name).resolve()
     if not folder.is_dir():
-        raise AssetError(
+        raise TutorialError(
             f"{name} is neither minilm, bge-m3, bert-base-uncased nor a folder. Look at --model."
         )
-    checkpoints.weights_file(folder)
+    weights_file(folder)
     return folder
 
 
@@ -39,13 +39,13 @@ def bert_base(folder=ROOT / "models" / "bert-base-uncased"):
     """bert-base-uncased (0.44 GB), downloaded once to `models/`."""
     if all((folder / name).exists() for name in BERT_FILES):
         return folder
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        raise AssetError(
+    if hub_offline():
+        raise TutorialError(
             f"{relative(folder)} is not there and HF_HUB_OFFLINE forbids a download. Use --start small."
         )
     from huggingface_hub import snapshot_download
 
-    assets.require_disk(folder.parent, 0.5, BERT_REPO)
+    require_disk(folder.parent, 0.5, BERT_REPO)
     print(f"Downloading {BERT_REPO} (0.44 GB) into {relative(folder)}")
     partial = folder.with_name(f".{folder.name}.partial")
     try:
@@ -53,7 +53,7 @@ def bert_base(folder=ROOT / "models" / "bert-base-uncased"):
             BERT_REPO, revision=BERT_REVISION, allow_patterns=list(BERT_FILES), local_dir=partial
         )
     except Exception as error:  # the hub raises many types; all mean that the model is out of reach
-        raise AssetError(f"{BERT_REPO} could not be downloaded ({error}). Use --start small.") from error
+        raise TutorialError(f"{BERT_REPO} could not be downloaded ({error}). Use --start small.") from error
     describe_pooling(partial, 768, "mean")
     partial.rename(folder)
     return folder
@@ -75,7 +75,7 @@ def small_bert(folder, layers=2, hidden=128, seed=42):
             attention_probs_dropout_prob=0.0,
         )
     )
-    with checkpoints.atomic_folder(folder) as target:
+    with atomic_folder(folder) as target:
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
         describe_pooling(target, hidden, "mean")
@@ -85,14 +85,14 @@ def small_bert(folder, layers=2, hidden=128, seed=42):
 def describe_pooling(folder, dims, pooling):
     """Write the files by which SentenceTransformer and `Encoder` know how a vector is made."""
     parts = (("0", "", "Transformer"), ("1", "1_Pooling", "Pooling"), ("2", "2_Normalize", "Normalize"))
-    checkpoints.write_json(
+    write_json(
         folder / "modules.json",
         [
             {"idx": int(number), "name": number, "path": path, "type": f"sentence_transformers.models.{kind}"}
             for number, path, kind in parts
         ],
     )
-    checkpoints.write_json(
+    write_json(
         folder / "1_Pooling" / "config.json",
         {
             "word_embedding_dimension": dims,
@@ -104,9 +104,7 @@ def describe_pooling(folder, dims, pooling):
     )
     (folder / "2_Normalize").mkdir(exist_ok=True)
     if not (folder / "sentence_bert_config.json").exists():
-        checkpoints.write_json(
-            folder / "sentence_bert_config.json", {"max_seq_length": 512, "do_lower_case": False}
-        )
+        write_json(folder / "sentence_bert_config.json", {"max_seq_length": 512, "do_lower_case": False})
 
 
 def pocket_m3(folder, texts, base=None, seed=42):
@@ -126,7 +124,7 @@ def pocket_m3(folder, texts, base=None, seed=42):
     )
     model.config.vocab_size, hidden = len(kept), model.config.hidden_size
     torch.manual_seed(seed)
-    with checkpoints.atomic_folder(folder) as target:
+    with atomic_folder(folder) as target:
         for name in ("modules.json", "sentence_bert_config.json", "1_Pooling/config.json"):
             (target / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(base / name, target / name)

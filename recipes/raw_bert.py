@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from embedding_tutorial import assets  # noqa: E402
+from embedding_tutorial import network  # noqa: E402
 from recipes import engine, models, steps  # noqa: E402
 from recipes.engine import Training  # noqa: E402
 
@@ -45,7 +45,7 @@ def start_model(choice, cpu):
             "--start bert-base-uncased takes the real one."
         )
         return "small"
-    reachable, why = assets.can_reach_hub()
+    reachable, why = network.can_reach_hub()
     print(f"{why}: starting from {'bert-base-uncased' if reachable else 'a small BERT with random weights'}.")
     return "bert-base-uncased" if reachable else "small"
 

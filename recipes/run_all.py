@@ -16,13 +16,14 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from embedding_tutorial import checkpoints, finetune  # noqa: E402
-from embedding_tutorial.assets import ROOT, pocket_model_path  # noqa: E402
-from embedding_tutorial.profiles import PROFILES, relative, training_precision  # noqa: E402
+from embedding_tutorial import finetune, training  # noqa: E402
+from embedding_tutorial.assets import pocket_model_path  # noqa: E402
+from embedding_tutorial.files import ROOT, atomic_file, read_json, relative, text_key, write_json  # noqa: E402
+from embedding_tutorial.profiles import PROFILES  # noqa: E402
 from recipes import compare, data, dense, raw_bert, steps, unified  # noqa: E402
 
-NOTEBOOK = ROOT / "models" / "MiniLM-finetuned" / "merged_model"
-OWN_NOTEBOOK = steps.OUTPUT / "notebook" / "final_model"
+NOTEBOOK = ROOT / "models" / "MiniLM-finetuned" / "merged"
+OWN_NOTEBOOK = steps.OUTPUT / "notebook" / "fine-tuned"
 RESULTS, README = ROOT / "recipes" / "results.json", ROOT / "recipes" / "README.md"
 FIGURE = ROOT / "images" / "recipes_comparison.png"
 START, END = "<!-- results: written by run_all.py -->", "<!-- end of results -->"
@@ -96,16 +97,16 @@ QUESTIONS = [  # (question, row before, row after); a row is (name, mode)
 def notebook_model(train_it):
     """The folder of notebook 01's own result, or None with a message. train_it: where it is missing."""
     pairs = data.tutorial_pairs()
-    key = checkpoints.text_key([json.dumps(pair, sort_keys=True) for part in pairs for pair in part])
+    key = text_key([json.dumps(pair, sort_keys=True) for part in pairs for pair in part])
     for folder in (NOTEBOOK, OWN_NOTEBOOK):
         if folder.exists():
-            if checkpoints.read_json(folder.parent / "config.json")["data"] == key:
+            if read_json(folder.parent / "config.json")["data"] == key:
                 return folder
             print(f"{relative(folder)} was trained on other pairs than these: not compared.")
     if train_it:
-        print("$ notebook 01's own training (finetune.train with its values)")
-        config = finetune.TrainConfig(precision=training_precision(PROFILES["pocket"], "cpu"))
-        finetune.train(pocket_model_path(), *pairs, config, OWN_NOTEBOOK.parent)
+        print("$ notebook 01's own training (one run: the pocket profile's values)")
+        config = finetune.TrainConfig(**PROFILES["pocket"].config("cpu"))
+        training.train(pocket_model_path(), *pairs, config, OWN_NOTEBOOK.parent)
         return OWN_NOTEBOOK
     print(
         f"{relative(NOTEBOOK)} is not there, so the notebook's own result is no row. Run notebook 01 in the "
@@ -173,7 +174,7 @@ def write_readme(text, path):
     """Replace what stands between the two markers."""
     old = path.read_text(encoding="utf-8")
     before, rest = old.split(START)
-    with checkpoints.atomic_file(path, "w") as file:
+    with atomic_file(path, "w") as file:
         file.write(before + text + rest.split(END)[1])
 
 
@@ -201,11 +202,11 @@ def main(words=None):
 def collect():
     """Gather what the steps left into results.json, the README and the figure."""
     done = {
-        path.parent.relative_to(steps.OUTPUT).as_posix(): checkpoints.read_json(path)
+        path.parent.relative_to(steps.OUTPUT).as_posix(): read_json(path)
         for path in steps.OUTPUT.rglob("done.json")
         if ".previous" not in str(path)
     }
-    results = checkpoints.read_json(steps.OUTPUT / "comparison" / "results.json")
+    results = read_json(steps.OUTPUT / "comparison" / "results.json")
     results |= {
         "scale": "pocket",
         "cores": os.cpu_count(),
@@ -213,12 +214,12 @@ def collect():
         "wall_seconds": round(sum(step["wall_seconds"] for step in done.values()), 1),
         "runs": {
             name: {key: value for key, value in done[name].items() if key != "losses"}
-            | {"precision": checkpoints.read_json(steps.OUTPUT / name / "recipe.json")["precision"]}
+            | {"precision": read_json(steps.OUTPUT / name / "recipe.json")["precision"]}
             for name in TRAINED
         },
         "findings": findings(results["rows"]),
     }
-    checkpoints.write_json(RESULTS, results)
+    write_json(RESULTS, results)
     compare.figure(results, FIGURE)
     write_readme(report(results), README)
     print("\n".join(results["findings"]))

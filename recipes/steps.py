@@ -12,9 +12,15 @@ import sys
 import time
 from pathlib import Path
 
-from embedding_tutorial import checkpoints
-from embedding_tutorial.assets import ROOT, AssetError
-from embedding_tutorial.profiles import relative
+from embedding_tutorial.files import (
+    ROOT,
+    TutorialError,
+    move_aside,
+    read_json,
+    recover,
+    relative,
+    write_json,
+)
 
 OUTPUT = ROOT / "recipes" / "output"
 
@@ -29,38 +35,38 @@ def parser(text):
 
 
 def run(main):
-    """Call `main`; an AssetError ends the program with its message and status 1."""
+    """Call `main`; a TutorialError ends the program with its message and status 1."""
     try:
         main()
-    except AssetError as error:
+    except TutorialError as error:
         sys.exit(f"Stopped: {error}")
 
 
 def open_step(folder, settings):
     """Prepare `folder` for a step. Returns what it found if it has already finished, else None.
 
-    settings: a dict that JSON can hold, everything that changes the result. AssetError for a folder that
+    settings: a dict that JSON can hold, everything that changes the result. TutorialError for a folder that
     no recipe made.
     """
     folder = Path(folder)
-    checkpoints.recover(folder)
+    recover(folder)
     marker, done = folder / "recipe.json", folder / "done.json"
     if folder.exists() and not folder.is_dir() or folder.is_dir() and any(folder.iterdir()):
         if not marker.is_file():
-            raise AssetError(
+            raise TutorialError(
                 f"{relative(folder)} exists and no recipe made it. Nothing was touched: "
                 "choose another --output, or move that folder away."
             )
-        before = checkpoints.read_json(marker)
+        before = read_json(marker)
         if before == settings and done.exists():
             print(f"{relative(folder)}: already finished with these settings, skipped. Delete it to redo it.")
-            return checkpoints.read_json(done)
+            return read_json(done)
         if before != settings and done.exists():
             changed = sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name))
             aside = folder.with_name(folder.name + ".previous")
             if aside.exists() and not (aside / "recipe.json").is_file():
-                raise AssetError(f"{relative(aside)} exists and no recipe made it. Move it away.")
-            checkpoints.move_aside(folder, aside)
+                raise TutorialError(f"{relative(aside)} exists and no recipe made it. Move it away.")
+            move_aside(folder, aside)
             print(
                 f"{relative(folder)} was made with other settings ({', '.join(changed)}): now {aside.name}."
             )
@@ -70,7 +76,7 @@ def open_step(folder, settings):
                 if entry != marker:
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoints.write_json(marker, settings)
+    write_json(marker, settings)
     return None
 
 
@@ -78,6 +84,6 @@ def close_step(folder, found):
     """Mark the step as finished. found: a dict that JSON can hold; returned with the seconds it took."""
     begin = (Path(folder) / "recipe.json").stat().st_mtime
     found = {**found, "wall_seconds": round(time.time() - begin, 1)}
-    checkpoints.write_json(Path(folder) / "done.json", found)
+    write_json(Path(folder) / "done.json", found)
     print(f"Written: {relative(folder)}")
     return found

@@ -1,0 +1,300 @@
+"""Texts to vectors: tokenizer, transformer, the model's own pooling; and a model as a folder of files.
+
+Texts go through the model in groups of similar length, each laid end to end in one long row, so that no
+pad token is computed. Only attention has to know where a text begins and ends.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers import AttentionInterface, AutoConfig, AutoModel, AutoTokenizer
+
+from .files import TutorialError, atomic_folder, read_json, relative, sha256_of
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+HEAD_FILES = ("colbert_linear.pt", "sparse_linear.pt")  # BGE-M3's sparse and multi-vector outputs
+
+
+def tokenize(tokenizer, texts, max_length):
+    """Token ids of each text, special tokens included, cut at `max_length`: a list of lists."""
+    if not texts:
+        return []
+    return tokenizer(
+        list(texts),
+        truncation=True,
+        max_length=max_length,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )["input_ids"]
+
+
+def group_by_length(lengths, token_budget):
+    """Indices of the texts, shortest first, in groups of at most `token_budget` tokens, or of one text."""
+    groups, used = [[]], 0
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if groups[-1] and used + lengths[i] > token_budget:
+            groups.append([])
+            used = 0
+        groups[-1].append(i)
+        used += lengths[i]
+    return [group for group in groups if group]
+
+
+def equal_runs(lengths):
+    """Runs of neighbouring texts of equal length: [(first token, texts, length)]."""
+    runs, start = [], 0
+    for length, texts in itertools.groupby(lengths):
+        count = len(list(texts))
+        runs.append((start, count, length))
+        start += count * length
+    return runs
+
+
+def packed_attention(module, query, key, value, attention_mask, runs, scaling=None, dropout=0.0, **kwargs):
+    """Attention within each text of a packed row: (1, heads, tokens, d) in, (1, tokens, heads, d) out.
+
+    runs: what `equal_runs` returns. Registered with transformers' AttentionInterface as "packed".
+    """
+    if len(runs) > 8 and query.device.type != "cpu":
+        return rectangular_attention(query, key, value, runs, scaling, dropout), None
+    kind, on_cpu = query.dtype, query.device.type == "cpu"
+    if (
+        on_cpu and kind == torch.bfloat16
+    ):  # torch 2.13 on a CPU: attention's backward pass is four times faster in fp32
+        query, key, value = query.float(), key.float(), value.float()
+    results, sizes = [], [count * length for _, count, length in runs]
+    for q, k, v, (_, count, length) in zip(
+        *(x[0].split(sizes, dim=1) for x in (query, key, value)), runs, strict=True
+    ):
+        q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in (q, k, v))
+        with torch.autocast(query.device.type, enabled=False) if on_cpu else contextlib.nullcontext():
+            out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
+        results.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(results)[None].to(kind), None
+
+
+def rectangular_attention(query, key, value, runs, scaling, dropout):
+    """The same with one masked call: texts are padded to the group's longest for attention alone."""
+    lengths = torch.tensor([length for _, count, length in runs for _ in range(count)], device=query.device)
+    column = torch.arange(int(lengths.max()), device=query.device)
+    real = column < lengths[:, None]  # (texts, longest)
+    index = ((lengths.cumsum(0) - lengths)[:, None] + column).where(real, 0)  # token of each cell
+    q, k, v = (x[0][:, index].transpose(0, 1) for x in (query, key, value))
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=real[:, None, None], dropout_p=dropout, scale=scaling
+    )
+    return out.transpose(1, 2)[real][None]
+
+
+AttentionInterface.register("packed", packed_attention)
+
+
+class LookUp(torch.autograd.Function):
+    """`table[ids]` (n, dims); its backward pass adds n rows to `table.grad` instead of making a new table.
+
+    Autograd would make the whole table anew for every group: 47 MB of zeros for MiniLM, 1 GB for BGE-M3.
+    """
+
+    @staticmethod
+    def forward(ctx, table, ids):
+        ctx.table, ctx.ids = table, ids
+        return table.detach()[ids]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        table, ids = ctx.table, ctx.ids
+        if table.grad is None:
+            table.grad = torch.zeros_like(table)
+        if table.device.type == "cpu":  # on each device the call that gives the same sum every time
+            table.grad.index_add_(0, ids, gradient.to(table.dtype))
+        else:
+            table.grad.index_put_((ids,), gradient.to(table.dtype), accumulate=True)
+        return None, None
+
+
+class Encoder(torch.nn.Module):
+    """Tokenizer, transformer, the model's own pooling, and L2 normalisation.
+
+    folder: a BERT, RoBERTa or XLM-RoBERTa model with `1_Pooling/config.json`; TutorialError otherwise.
+    dropout: probability in hidden states and attention while training (None: the model's own).
+    """
+
+    def __init__(self, folder, max_length=512, dropout=0.0):
+        super().__init__()
+        self.folder, self.max_length, self.pooling = Path(folder), max_length, read_pooling(folder)
+        weights_file(folder)
+        config = AutoConfig.from_pretrained(self.folder)
+        if config.model_type not in ("bert", "roberta", "xlm-roberta"):
+            raise TutorialError(
+                f"{relative(folder)} is a {config.model_type}; this code knows bert, roberta and xlm-roberta."
+            )
+        if dropout is not None:
+            config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
+        # RoBERTa counts positions from the padding id on, BERT from 0.
+        self.first_position = 0 if config.model_type == "bert" else config.pad_token_id + 1
+        limit = config.max_position_embeddings - self.first_position
+        if max_length > limit:
+            raise TutorialError(
+                f"max_length {max_length} is more than the {limit} tokens that {relative(folder)} can read."
+            )
+        self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        self.backbone = AutoModel.from_pretrained(
+            self.folder, config=config, attn_implementation="packed", dtype=torch.float32
+        )
+
+    device = property(lambda self: next(self.parameters()).device)
+
+    def tokenize(self, texts):
+        return tokenize(self.tokenizer, texts, self.max_length)
+
+    def forward(self, rows):
+        """Token ids, a list of n lists, to L2-normalised embeddings (n, dims) in float32 or wider."""
+        runs = equal_runs(lengths := [len(row) for row in rows])
+        tokens = torch.tensor(list(itertools.chain.from_iterable(rows)), device=self.device)
+        positions = torch.cat([torch.arange(n) for n in lengths]).to(self.device) + self.first_position
+        words = LookUp.apply(self.backbone.get_input_embeddings().weight, tokens)
+        hidden = self.backbone(
+            inputs_embeds=words[None], position_ids=positions[None], runs=runs
+        ).last_hidden_state[0]
+        texts = (
+            hidden[start : start + count * length].unflatten(0, (count, length))
+            for start, count, length in runs
+        )
+        pooled = torch.cat([text[:, 0] if self.pooling == "cls" else text.mean(dim=1) for text in texts])
+        return F.normalize(pooled if pooled.dtype == torch.float64 else pooled.float(), dim=-1)
+
+
+def in_order(groups, parts):
+    """Put the embeddings of groups, a list of tensors, back into the order of the texts: (n, dims)."""
+    order = torch.tensor([i for group in groups for i in group])
+    return torch.cat(parts)[order.argsort().to(parts[0].device)]
+
+
+def embed(encoder, texts, token_budget=1024, progress=False):
+    """L2-normalised embeddings (n, dims), in the order given.
+
+    texts: strings, or token ids already made by `encoder.tokenize`. token_budget: tokens that go through
+    the model at once; it sets memory, not results.
+    """
+    if not len(texts):
+        raise ValueError("embed needs at least one text")
+    rows = encoder.tokenize(texts) if isinstance(texts[0], str) else texts
+    groups = group_by_length([len(row) for row in rows], token_budget)
+    bar = tqdm(groups, desc="embedding", file=sys.stdout, disable=not progress)
+    return in_order(groups, [encoder([rows[i] for i in group]) for group in bar])
+
+
+def autocast(encoder, precision):
+    """The autocast context of a precision: "fp32" (none), "bf16" or "fp16" (CUDA)."""
+    kinds = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+    return torch.autocast(encoder.device.type, kinds[precision], enabled=precision != "fp32")
+
+
+def random_state(device):
+    """The random state that dropout draws from, on the CPU and on `device`."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def set_random_state(state, device):
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)
+
+
+# ---------------------------------------------------------------- a model as a folder of files
+
+
+def read_pooling(folder):
+    """'cls' or 'mean', from the model's own `1_Pooling/config.json`; TutorialError if missing or another."""
+    path = Path(folder) / "1_Pooling" / "config.json"
+    config = read_json(path)
+    for name in ("cls", "mean"):
+        if config.get("pooling_mode") == name or config.get(
+            f"pooling_mode_{name}{'_token' if name == 'cls' else '_tokens'}"
+        ):
+            return name
+    raise TutorialError(
+        f"{relative(path)} asks for neither CLS nor mean pooling: {config}. Use a model with one of them."
+    )
+
+
+def weights_file(folder):
+    """The weights of a model folder. Raises TutorialError when there are none."""
+    for name in WEIGHT_FILES:
+        if (Path(folder) / name).exists():
+            return Path(folder) / name
+    raise TutorialError(
+        f"{folder} holds neither {' nor '.join(WEIGHT_FILES)}: it is no complete model. "
+        "Delete the folder and run the cell that makes it again."
+    )
+
+
+def companions(folder):
+    """Names of the files that make a model together with its weights, sorted: the one list of them.
+
+    Configuration, tokenizer, pooling, BGE-M3's two heads. What is copied with a model is also what its
+    fingerprint covers.
+    """
+    names = []
+    for file in sorted(Path(folder).rglob("*")):
+        name = file.relative_to(folder)
+        hidden = any(part.startswith(".") for part in name.parts)
+        wanted = file.suffix in {".json", ".txt", ".model"} or file.name in HEAD_FILES
+        if file.is_file() and wanted and not hidden and name.parts[0] not in {"onnx", "imgs"}:
+            names.append(name.as_posix())
+    return names
+
+
+def fingerprint(folder):
+    """16 hex digits that change whenever anything that shapes the model's vectors changes."""
+    digest = hashlib.sha256(sha256_of(weights_file(folder)).encode())
+    for name in companions(folder):
+        digest.update(f"{name} {sha256_of(Path(folder) / name)}".encode())
+    return digest.hexdigest()[:16]
+
+
+def save_model(encoder, folder):
+    """Write a folder that SentenceTransformer, AutoModel and FlagEmbedding open: weights in float32,
+    and from the base tokenizer, configuration, pooling, and the sparse and ColBERT heads if it has them."""
+    with atomic_folder(folder) as target:
+        for name in companions(encoder.folder):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(encoder.folder / name, target / name)
+        weights = {
+            name: w.detach().float().cpu().contiguous() for name, w in encoder.backbone.state_dict().items()
+        }
+        save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+
+
+def vectors_elsewhere(folder, texts):
+    """The dense vectors that other libraries compute from a saved model folder: {library: (n, dims)}."""
+    from FlagEmbedding import BGEM3FlagModel, FlagModel
+    from sentence_transformers import SentenceTransformer
+
+    folder, pooling = str(folder), read_pooling(folder)
+    tokens = AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        hidden = AutoModel.from_pretrained(folder).eval()(**tokens).last_hidden_state
+    mask = tokens["attention_mask"][..., None]
+    pooled = hidden[:, 0] if pooling == "cls" else (hidden * mask).sum(1) / mask.sum(1)
+    found = {
+        "AutoModel": F.normalize(pooled, dim=-1).numpy(),
+        "SentenceTransformer": SentenceTransformer(folder, device="cpu").encode(
+            texts, normalize_embeddings=True, show_progress_bar=False
+        ),
+        "FlagModel": FlagModel(folder, pooling_method=pooling, use_fp16=False, devices="cpu").encode(texts),
+    }
+    if (Path(folder) / "colbert_linear.pt").exists():
+        found["BGEM3FlagModel"] = BGEM3FlagModel(folder, use_fp16=False, devices="cpu").encode(texts)[
+            "dense_vecs"
+        ]
+    return found

@@ -1,0 +1,188 @@
+"""Tables and small texts that the notebooks print: what only has to be laid out, not learned."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from .encoder import embed, save_model
+from .files import read_json, write_json
+from .finetune import bootstrap_interval, mix
+from .pairs import read_rewrites, with_rewrites
+from .profiles import rewrites_path
+from .training import train
+
+
+def preview(code, lines=3):
+    """The first lines of a code from its first `def` on, indented."""
+    kept = [line for line in code.splitlines() if line.strip()]
+    start = next((i for i, line in enumerate(kept) if line.startswith("def ")), 0)
+    return "\n".join("    " + line for line in kept[start : start + lines])
+
+
+def signature(code):
+    """Name and arguments of a code's function."""
+    return preview(code, 1).strip().removeprefix("def ").rstrip(":")
+
+
+def short_label(pair):
+    """A pair's first words, for an axis."""
+    return " ".join(pair["query"].split()[:5]) + " …"
+
+
+def interval(triple, sign=False):
+    """(mean, low, high) as text."""
+    value, low, high = triple
+    return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]" if sign else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def changed_queries(pairs, before, after, count=3):
+    """Text: the queries whose reciprocal rank moved most, and what was found first before and after."""
+    gain = 1 / after["ranks"] - 1 / before["ranks"]
+    better, worse = int((gain > 0).sum()), int((gain < 0).sum())
+    lines = [f"{better} queries rank better than before, {worse} worse. The {count} that moved most:\n"]
+    for i in np.argsort(-np.abs(gain), kind="stable")[:count]:
+        lines.append(f"{pairs[i]['query']}\n  rank {before['ranks'][i]} → {after['ranks'][i]}")
+        for name, result in (("before", before), ("after", after)):
+            right = "right" if result["top"][i] == pairs[i]["pos_doc"] else "wrong"
+            lines.append(f"  {name}, {right}: {signature(result['top'][i])}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def flat_vectors(models, pairs):
+    """{name: (queries (n, 2), codes (n, 2))} of several Encoders, in the coordinates of one PCA over all."""
+    import torch
+    from sklearn.decomposition import PCA
+
+    texts = [pair["query"] for pair in pairs] + [pair["pos_doc"] for pair in pairs]
+    with torch.no_grad():
+        vectors = {name: embed(model, texts).cpu().numpy() for name, model in models.items()}
+    pca = PCA(n_components=2, random_state=0).fit(np.concatenate(list(vectors.values())))
+    return {name: tuple(np.split(pca.transform(v), 2)) for name, v in vectors.items()}
+
+
+def averaged_model(base, train_pairs, val_pairs, config, run, device, runs=3, rewrites_of=None):
+    """The mean of the weights of `runs` runs with other seeds, as an Encoder, saved in `run`/averaged.
+
+    rewrites_of: the data file whose rewrites (`data/*_rewrites.json`) the training pairs get; None: none.
+    """
+    if rewrites_of is not None and (file := rewrites_path(rewrites_of)):
+        train_pairs = with_rewrites(train_pairs, read_rewrites(file))
+    states = []
+    for seed in range(config.seed, config.seed + runs):
+        kind = "-rewrites" if rewrites_of is not None else ""
+        one = dataclasses.replace(config, seed=seed, keep_checkpoints=1)
+        model, _ = train(base, train_pairs, val_pairs, one, Path(f"{run}{kind}-seed-{seed}"), device)
+        states.append(model.state_dict())
+    model.load_state_dict(mix(states, [1 / runs] * runs))
+    save_model(model, Path(run) / "averaged")
+    return model.eval()
+
+
+# ---------------------------------------------------------------- from the measurements under benchmarks/
+
+OWN_BATCH = {"batch 8": 8, "batch 16": 16, "plain": 80}  # recipes of the study that differ in the batch alone
+WHOSE = {  # what a reader wants to tell apart: (recipe, weights of it), and what differs
+    "base": ("base", "last", "no training"),
+    "sentence-transformers' defaults": ("sentence-transformers", "last", "batch 8, 3 epochs, rate 5e-5"),
+    "FlagEmbedding's defaults": ("FlagEmbedding", "last", "batch 8, 3 epochs, rate 5e-5, τ 0.02"),
+    "sentence-transformers, our settings": (
+        "sentence-transformers, our settings", "last", "our batch, rate, epochs; dropout 0.1"),
+    "the original article": ("original", "last", "2 × 80, τ 0.02, dropout 0.1; schedule mended"),
+    "the original article, halfway": ("original", "halfway", "the same, merged"),
+    "ours: fine-tuned": ("default", "last", "batch 80, τ 0.05, no dropout"),
+    "ours: merged": ("default", "halfway", "the same, halfway to the base"),
+}  # fmt: skip
+WEIGHTS = {
+    "base": ("base", "last"),
+    "fine-tuned": ("default", "last"),
+    "merged": ("default", "halfway"),
+    "three runs averaged, merged": ("default", "mean of runs, alpha 0.5"),
+    "rewrites, merged": ("rewrites", "halfway"),
+    "rewrites, three runs averaged, merged": ("rewrites", "mean of runs, alpha 0.5"),
+}
+
+
+def rows_of(study):
+    """{(recipe, readout): row} of a study's summary."""
+    return {(row["recipe"], row["readout"]): row for row in study["summary"]["rows"]}
+
+
+def losses_by_batch(study):
+    """What figures.loss_curves draws of the study's first fold: (curves, pairs in one step)."""
+    curves, pairs_per_step = {}, {}
+    for name, size in OWN_BATCH.items():
+        entry = study["recipes"][name]
+        cell = entry["cells"]["42-0"]
+        curves[f"batch {size}"] = {"losses": cell["losses"], "chance": None}
+        seen = entry["settings"]["epochs"] * cell["train_pairs"]  # an epoch's last batch is shorter
+        pairs_per_step[f"batch {size}"] = seen / len(cell["losses"])
+    return curves, pairs_per_step
+
+
+def weights_table(*studies):
+    """MRR against the base and general retrieval of base, fine-tuned, merged, and the two costlier ideas."""
+    columns = {}
+    for study in studies:
+        rows, name = rows_of(study), "MBPP" if "sanitized" in study["data"] else "pocket data"
+        for label, key in WEIGHTS.items():
+            if row := rows.get(key):
+                gain = "" if label == "base" else interval(row["mrr - base"], sign=True)
+                line = columns.setdefault(label, {})
+                line |= {f"{name}: MRR": f"{row['mrr'][0]:.3f}", f"{name}: − base": gain}
+                line[f"{name}: general nDCG@10"] = f"{row['general']:.3f}"
+    return pd.DataFrame.from_dict(columns, orient="index").fillna("")
+
+
+def study_table(study):
+    """Whose recipe? One row each: what differs, MRR, the paired difference to the base, general retrieval."""
+    rows, table = rows_of(study), {}
+    for label, (recipe, readout, differs) in WHOSE.items():
+        if row := rows.get((recipe, readout)):
+            gain = "" if label == "base" else interval(row["mrr - base"], sign=True)
+            table[label] = {"what differs": differs, "MRR": f"{row['mrr'][0]:.3f}", "MRR − base": gain}
+            table[label]["general nDCG@10"] = f"{row['general']:.3f}"
+    return pd.DataFrame.from_dict(table, orient="index")
+
+
+def original_recipe(profile):
+    """{"original article": (code MRR, general nDCG@10)} with intervals, on the pocket data; else None."""
+    if profile.name != "pocket":
+        return None
+    point = read_json("benchmarks/results/predecessor.json")
+    values = point["code_reciprocal_ranks"], point["general_ndcg_at_10_each"]
+    return {"original article": tuple(bootstrap_interval(v) for v in values)}
+
+
+def bill(rows, path, task):
+    """The models' scores on code and elsewhere, with the paired difference to the base; also written to path.
+
+    rows: {model: {"code": interval, "general": interval, "ndcg": (queries,)}}, the base first.
+    """
+    first, table, plain = next(iter(rows.values())), {}, {}
+    for name, row in rows.items():
+        change = bootstrap_interval(row["ndcg"] - first["ndcg"])
+        table[name] = {"code MRR": interval(row["code"]), "general nDCG@10": interval(row["general"])}
+        table[name]["general − base, paired"] = "" if row is first else interval(change, sign=True)
+        plain[name] = {"code": row["code"], "general": row["general"], "general - base": change}
+    write_json(path, {"task": task, "models": plain})
+    return pd.DataFrame.from_dict(table, orient="index")
+
+
+def encoding_table(path):
+    """Speed and memory of encoding, ours and the libraries', with the machine as the caption."""
+    found = read_json(path)
+    names = {"name": "", "tokens_per_second": "tokens per second", "memory_gb": "GB",
+             "projected_hours": "hours for T2Retrieval, projected"}  # fmt: skip
+    table = pd.DataFrame(found["contenders"])[list(names)].rename(columns=names).set_index("")
+    return table.style.format(precision=1, thousands=",").set_caption(found["machine"]["summary"])
+
+
+def search_table(path):
+    """Seconds, memory and the score of searching all of T2Retrieval, ours and mteb's."""
+    found = read_json(path)
+    names = {"name": "", "seconds": "seconds", "memory_gb": "GB", "ndcg_at_10": "nDCG@10"}
+    table = pd.DataFrame(found["contenders"])[list(names)].rename(columns=names).set_index("")
+    return table.style.format({"seconds": "{:.0f}", "GB": "{:.1f}", "nDCG@10": "{:.5f}"})

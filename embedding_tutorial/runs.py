@@ -1,0 +1,65 @@
+"""A training run on disk: the state to go on from, the checkpoints that are kept, the space that it needs."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+
+from .files import TutorialError, atomic_file, require_disk, temporary_name
+
+
+def save_state(run_dir, state):
+    """Write everything a run needs to go on (tensors, numbers, lists, strings) to `resume.pt`."""
+    with atomic_file(Path(run_dir) / "resume.pt") as file:
+        torch.save(state, file)
+
+
+def load_state(run_dir):
+    """The last complete state of a run, or None. Raises TutorialError when the file is damaged."""
+    path = Path(run_dir) / "resume.pt"
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for a damaged file; all mean the same here
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TutorialError(f"{path} is damaged ({reason}). Delete it to train from the start.") from error
+
+
+def checkpoint_epochs(run_dir):
+    """Epoch numbers of the `checkpoint-epoch-N` folders of a run, ascending."""
+    folders = Path(run_dir).glob("checkpoint-epoch-*")
+    return sorted(int(m[1]) for m in (re.fullmatch(r"checkpoint-epoch-(\d+)", f.name) for f in folders) if m)
+
+
+def prune(run_dir, keep):
+    """Delete all but the `keep` newest checkpoints; returns the deleted epochs.
+
+    Each is renamed first, so that an interrupted deletion never looks like a checkpoint.
+    """
+    gone = checkpoint_epochs(run_dir)[:-keep] if keep else checkpoint_epochs(run_dir)
+    for epoch in gone:
+        folder = Path(run_dir) / f"checkpoint-epoch-{epoch}"
+        doomed = temporary_name(folder, "tmp")
+        os.rename(folder, doomed)
+        shutil.rmtree(doomed)
+    return gone
+
+
+def run_size_gb(model_bytes, keep):
+    """Gigabytes a training run may hold at once: checkpoints, last epoch's model, two states of three copies.
+
+    `best_checkpoint` is hard links and may outlive its epoch's folder, hence one more copy. AdamW keeps
+    two moments per weight, so a state is three times the model; the new one is written before the old
+    one goes.
+    """
+    return (keep + 3 + 2 * 3) * model_bytes / 1e9
+
+
+def require_run_space(run_dir, model_bytes, keep):
+    """Raise TutorialError before training when the disk cannot hold what the run will write."""
+    require_disk(
+        run_dir, run_size_gb(model_bytes, keep), "checkpoints, the last epoch's model and the resume state"
+    )
