@@ -1,0 +1,109 @@
+"""Retrieval in general: nDCG by hand, models at several cut-offs, mixtures of two models."""
+
+import functools
+import math
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from . import style as st
+
+
+@st.styled
+def worked_ndcg(grades, ideal, title, path=None, source=None) -> Figure:
+    """One nDCG worked out: gain and discounted gain of each rank, as found and in ideal order.
+    grades: grades of the passages at ranks 1, 2, …. ideal: the best grades, falling; the shorter
+    list is filled with 0. The discounted gain of rank r is grade / log2(r + 1)."""
+    if (np.diff(st.numbers("ideal", ideal)) > 0).any():
+        raise ValueError("ideal: the grades must fall from rank to rank")
+    k, small = max(len(grades), len(ideal)), {"fontsize": 9 if len(grades) <= 6 else 7}
+    fig, [axes] = st.figure(10.5, 4, 1, 2, sharey=True)
+    orders = {"found order: DCG": grades, "ideal order: IDCG": ideal}
+    for ax, (name, gain) in zip(axes, orders.items(), strict=True):
+        gain = np.pad(st.numbers(name, gain), (0, k - len(gain)))
+        discounted = gain / np.log2(np.arange(k) + 2)
+        columns = {"gain: the grade": gain, "discounted: grade / log₂(rank + 1)": discounted}
+        st.grouped_bars(ax, columns, st.OTHERS, lambda x: f"{x:.2f}".removesuffix(".00"), **small)
+        ax.set_title(f"{name} = {discounted.sum():.3f}", pad=24)
+        ax.set_xticks(range(k), range(1, k + 1))
+        ax.set(xlabel="rank", ymargin=0.12)
+    axes[0].set_ylabel("gain")
+    st.legend_above(axes[0])
+    return st.finish(fig, title, path, source)
+
+
+def _metric_panels(tables, differences, title, path, source) -> Figure:
+    """One panel of grouped bars per metric on one y axis, and a cell for the legend."""
+    shapes = [{metric: list(cuts) for metric, cuts in table.items()} for table in tables.values()]
+    if len(shapes) <= differences or any(shape != shapes[0] for shape in shapes):
+        raise ValueError(f"tables: too few, or metrics and cut-offs differ: {shapes}")
+    looks, (first, *others), panels = st.looks(tables), tables, {}
+    for metric in shapes[0]:
+        bars = {name: st.numbers(name, list(tables[name][metric].values())) for name in tables}
+        less = {f"{name} − {first}": bars[name] - bars[first] for name in others}
+        panels[metric] = less if differences else bars
+    columns = min(3, len(panels))
+    rows = math.ceil((len(panels) + 1) / columns)
+    fig, axes = st.figure(10.5, 0.7 + 2.6 * rows, rows, columns, sharey=True)
+    for ax, (metric, bars) in zip(axes.flat, panels.items(), strict=False):
+        show = functools.partial(st.number, signed=differences)
+        st.grouped_bars(ax, bars, looks[differences:], show, fontsize=7.5, rotation=90)
+        ax.set_xticks(range(len(shapes[0][metric])), [f"@{cut}" for cut in shapes[0][metric]])
+        ax.set_title(metric)
+        ax.axhline(0, color=st.INK, linewidth=0.8)
+    every = np.concatenate([values for bars in panels.values() for values in bars.values()])
+    low, high = min(every.min(), 0), max(every.max(), 1e-3)
+    # in a panel about 1.8 inches high, an upright label takes 0.5 inches at each end with bars
+    pad = (high - low) * 0.5 / (1.8 - 0.5 * (1 + (low < 0)))
+    axes[0, 0].set_ylim(low - pad * (low < 0), high + pad)
+    if 0.6 < high <= 1 and low == 0:
+        axes[0, 0].set_yticks(np.linspace(0, 1, 6))  # no tick above 1, where no score can be
+    for ax in axes[:, 0]:
+        ax.set_ylabel("difference of scores" if differences else "score")
+    for ax in axes.flat[len(panels) :]:
+        ax.axis("off")
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    axes[-1, -1].legend(handles, names, loc="center left", fontsize=9.5, labelspacing=0.9)
+    return st.finish(fig, title, path, source)
+
+
+@st.styled
+def metric_bars(tables, title, path=None, source=None) -> Figure:
+    """Scores of 2 to 4 models at several cut-offs, one panel per metric on one y axis.
+    tables: {model: {metric: {cut-off: score}}}, the same metrics and cut-offs in every model."""
+    return _metric_panels(tables, False, title, path, source)
+
+
+@st.styled
+def metric_differences(tables, title, path=None, source=None) -> Figure:
+    """Scores of the second and further models minus those of the first; `tables` as above."""
+    return _metric_panels(tables, True, title, path, source)
+
+
+@st.styled
+def mixture(
+    rows, chosen, title, path=None, xlabel="code", ylabel="general", others=None, source=None
+) -> Figure:
+    """What weights between base (alpha = 0) and fine-tuned (alpha = 1) score on code and elsewhere.
+    rows: [{"alpha": float, "code": (value, lo, hi), "general": (value, lo, hi)}]. chosen: the alpha
+    of the merged model. others: {label: ((value, lo, hi) on code, (value, lo, hi) in general)}."""
+    rows = sorted(rows, key=lambda row: row["alpha"])
+    if chosen not in [row["alpha"] for row in rows]:
+        raise ValueError(f"chosen: {chosen} is not one of the alphas")
+    names = {0: "base", 1: "fine-tuned", chosen: "merged"}
+    points, dot = [], {"marker": "o", "color": st.MUTED, "markersize": 5}
+    for row in rows:
+        name, text = names.get(row["alpha"]), f"α = {row['alpha']:g}"
+        style = st.point_style(st.MODELS[name]) if name else dot
+        points.append((row["code"], row["general"], style, f"{text} ({name})" if name else text))
+    for label, look in zip(others or {}, st.looks(others or {}), strict=True):
+        points.append((*others[label], st.point_style(look), label))
+    fig, [[ax]] = st.figure(9.5, 5.8)
+    ax.grid(True, axis="both")
+    for code, general, style, _ in points:
+        st.error_bar(ax, code, general, "#C9CFD6", 0.8, zorder=3, **style)
+    at = np.array([(code[0], general[0]) for code, general, *_ in points])
+    ax.plot(*at[: len(rows)].T, color=st.MUTED, linewidth=1, zorder=2)
+    ax.set(xlabel=f"{xlabel}, 95 % interval", ylabel=f"{ylabel}, 95 % interval")
+    labels = (ax, at, [text for *_, text in points], [at[: len(rows)]])
+    return st.finish(fig, title, path, source, [labels])
