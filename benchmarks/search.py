@@ -10,27 +10,23 @@ contender is handed its vectors without reading the texts, ours joins titles and
 """
 
 import argparse
+import json
 import os
-import sys
 import tempfile
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
-os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # before any import of datasets
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import common
+import numpy as np
 
-import common  # noqa: E402
-import numpy as np  # noqa: E402
+from embedding_tutorial.files import read_json, write_json
 
-from embedding_tutorial import checkpoints  # noqa: E402
-
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read when `datasets` is imported, below
 PASSAGES, QUERIES, JUDGEMENTS, DIMS = 118_605, 22_812, 118_932, 1024
 MEAN_CHARACTERS, MAX_CHARACTERS = 874, 42_956
 CLOSENESS = 0.41  # of passages and queries to their topic: makes nDCG@10 0.7 to 0.8 at full size
-SCRIPT = Path(__file__).resolve()
 OUT = common.RESULTS / "search.json"
 NAMES = {"mteb": "mteb's exact search", "ours": "ours"}
 TARGET = {"seconds": 90, "memory_gb": 6}
@@ -72,7 +68,7 @@ def write_data(folder, scale, seed=0):
     relevant = {}
     for query, passage in zip(owner.tolist(), judged.tolist(), strict=True):
         relevant.setdefault(f"q{query}", {})[f"p{passage}"] = 1
-    checkpoints.write_json(folder / "relevant.json", relevant)
+    write_json(folder / "relevant.json", relevant)
 
 
 def unit(vectors):
@@ -89,7 +85,7 @@ def make_task(folder):
 
         def load_data(self, num_proc=None, **kwargs):
             data = {name: load_from_disk(str(folder / name)) for name in ("corpus", "queries")}
-            relevant = checkpoints.read_json(folder / "relevant.json")
+            relevant = read_json(folder / "relevant.json")
             self.dataset = {"default": {"dev": {**data, "relevant_docs": relevant, "top_ranked": None}}}
             self.data_loaded = True
 
@@ -124,7 +120,7 @@ def mteb_model(vectors, meta):
 
 
 def our_model(vectors, meta):
-    from embedding_tutorial.evaluation import EmbedSearch
+    from embedding_tutorial.retrieval import EmbedSearch
 
     def encoder(texts, label):
         found = vectors.pop(label.split()[0])  # whoever asked for them may drop them
@@ -184,7 +180,8 @@ def measure(args):
         write_data(folder, args.scale)
         for turn in range(args.repeats):
             for contender in NAMES:
-                runs[contender].append(common.run_worker(SCRIPT, ["--worker", contender, "--folder", folder]))
+                words = ["--worker", contender, "--folder", folder]
+                runs[contender].append(common.run_worker(__file__, words))
                 row = runs[contender][-1]
                 print(
                     f"{turn + 1}. {NAMES[contender]:>20}: {row['seconds']:.1f} s "
@@ -281,20 +278,14 @@ def main():
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        write_any_json(args.out, worker(args))
+        # NaN included, which write_json refuses: some of mteb's metrics are.
+        args.out.write_text(json.dumps(worker(args)), encoding="utf-8")
         return
     result = measure(args)
-    checkpoints.write_json(args.out, result)
+    write_json(args.out, result)
     if not args.no_readme:
         common.put_into_readme("search", readme_text(result))
     print("identical scores" if result["identical"] else f"DIFFERENT: {result['different']}")
-
-
-def write_any_json(path, value):
-    """JSON with NaN: some of mteb's metrics are."""
-    import json
-
-    path.write_text(json.dumps(value), encoding="utf-8")
 
 
 if __name__ == "__main__":
