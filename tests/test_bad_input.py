@@ -1,25 +1,20 @@
-"""Whatever is wrong with the input ends in one AssetError with file, row and remedy, before any training."""
+"""Whatever is wrong with the input ends in a TutorialError with file, row, remedy, before any training."""
 
 import dataclasses
 import json
 import shutil
-from collections import namedtuple
 
 import pytest
 import torch
+from helpers import little_space, tree
 
-from embedding_tutorial import assets, checkpoints, finetune, profiles
-from embedding_tutorial.assets import AssetError
+from embedding_tutorial import files, finetune, profiles, training
+from embedding_tutorial.files import TutorialError, read_json
+from embedding_tutorial.pairs import read_mbpp, read_pairs, write_pairs
 
 CONFIG = finetune.TrainConfig(epochs=1, batch_size=8, max_length=64)
 GOOD = {"task_id": 1, "prompt": "ask", "code": "x = 1"}
 PAIR = {"query": "ask", "pos_doc": "x = 1"}
-
-
-def tree(folder):
-    return {
-        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))
-    }
 
 
 @pytest.fixture
@@ -29,11 +24,11 @@ def refused(tmp_path, monkeypatch):
     def no_training(*args):
         raise AssertionError("training started")
 
-    monkeypatch.setattr(finetune, "one_update", no_training)
+    monkeypatch.setattr(training, "one_update", no_training)
 
     def call(work, *parts):
         before = tree(tmp_path)
-        with pytest.raises(AssetError) as error:
+        with pytest.raises(TutorialError) as error:
             work()
         for part in parts:
             assert part in str(error.value), f"{part!r} is not in {str(error.value)!r}"
@@ -98,7 +93,7 @@ def test_a_bad_mbpp_file(case, tmp_path, refused):
     path.parent.mkdir()
     if content is not None:
         path.write_bytes(content)
-    refused(lambda: finetune.read_mbpp(path), "data/sanitized-mbpp.json", *parts)
+    refused(lambda: read_mbpp(path), "data/sanitized-mbpp.json", *parts)
 
 
 PAIRS = {
@@ -134,14 +129,14 @@ def test_a_bad_file_of_pairs(case, tmp_path, refused):
     path.parent.mkdir()
     if content is not None:
         path.write_bytes(content)
-    refused(lambda: finetune.read_pairs(path), "data/mbpp_train.jsonl", *parts)
+    refused(lambda: read_pairs(path), "data/mbpp_train.jsonl", *parts)
 
 
 def test_mbpp_json_lines_name_the_row_too(tmp_path, refused):
     (tmp_path / "mbpp.jsonl").write_bytes(
         lines({"task_id": 1, "text": "a", "code": "b"}, {"task_id": 2, "text": "a"})
     )
-    refused(lambda: finetune.read_mbpp(tmp_path / "mbpp.jsonl"), "mbpp.jsonl, row 2", "no field 'code'")
+    refused(lambda: read_mbpp(tmp_path / "mbpp.jsonl"), "mbpp.jsonl, row 2", "no field 'code'")
 
 
 @pytest.mark.parametrize(
@@ -157,7 +152,7 @@ def test_a_missing_or_broken_result(tmp_path, refused, content, parts):
     path = tmp_path / "eval_results.json"
     if content is not None:
         path.write_bytes(content)
-    refused(lambda: checkpoints.read_json(path), "eval_results.json", *parts)
+    refused(lambda: read_json(path), "eval_results.json", *parts)
 
 
 # ---------------------------------------------------------------- before training
@@ -169,7 +164,7 @@ def attempt(tiny_bert, pairs, tmp_path, refused):
 
     def call(*parts, base=tiny_bert, train=pairs[:16], validation=pairs[28:], config=CONFIG, device="cpu"):
         return refused(
-            lambda: finetune.train(base, train, validation, config, tmp_path / "run", device), *parts
+            lambda: training.train(base, train, validation, config, tmp_path / "run", device), *parts
         )
 
     return call
@@ -244,18 +239,17 @@ def test_cuda_where_there_is_none(attempt, monkeypatch):
 
 
 def test_a_disk_too_small_for_the_run(attempt, monkeypatch, tmp_path):
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(assets.shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 100, 100))
+    little_space(monkeypatch, free=100)
     attempt(str(tmp_path / "run"), "of free disk here", "Free 0.0 GB, or move the folder to a larger disk")
 
 
 def test_a_refused_run_leaves_an_earlier_one_where_it_is(tiny_bert, pairs, tmp_path, monkeypatch):
     """Errors that only the model can tell come before the old run is moved aside."""
-    finetune.train(tiny_bert, pairs[:16], pairs[28:], CONFIG, tmp_path / "run", progress=False)
+    training.train(tiny_bert, pairs[:16], pairs[28:], CONFIG, tmp_path / "run", progress=False)
     before = tree(tmp_path)
     for change in ({"max_length": 1000}, {"batch_size": 100}, {"precision": "fp16"}):
-        with pytest.raises(AssetError):
-            finetune.train(
+        with pytest.raises(TutorialError):
+            training.train(
                 tiny_bert, pairs[:16], pairs[28:], dataclasses.replace(CONFIG, **change), tmp_path / "run"
             )
         assert tree(tmp_path) == before, change
@@ -280,14 +274,14 @@ def test_the_full_profile_without_cuda(refused, monkeypatch):
 
 
 def test_a_disk_that_is_full_when_the_split_is_written(tmp_path, monkeypatch, pairs):
-    finetune.write_pairs(tmp_path / "mbpp_train.jsonl", pairs[:3])
+    write_pairs(tmp_path / "mbpp_train.jsonl", pairs[:3])
     before = tree(tmp_path)
 
     def full(handle):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     for name in ("mbpp_train.jsonl", "mbpp_val.jsonl"):
-        with pytest.raises((OSError, AssetError), match="No space left"):
-            finetune.write_pairs(tmp_path / name, pairs)
+        with pytest.raises((OSError, TutorialError), match="No space left"):
+            write_pairs(tmp_path / name, pairs)
     assert tree(tmp_path) == before

@@ -9,10 +9,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from embedding_tutorial import checkpoints
-from embedding_tutorial.assets import ROOT, AssetError, pocket_model_path
-from embedding_tutorial.finetune import Encoder, embed, rank_of_positive, write_pairs
+from embedding_tutorial import profiles
+from embedding_tutorial.assets import pocket_model_path
+from embedding_tutorial.encoder import Encoder, embed
+from embedding_tutorial.files import ROOT, TutorialError, read_json, write_json
 from embedding_tutorial.finetune import evaluate as notebook_evaluate
+from embedding_tutorial.finetune import rank_of_positive, split_pairs
+from embedding_tutorial.pairs import read_mbpp, write_pairs
 from recipes import compare, data, dense, engine, models, raw_bert, run_all, steps, unified
 from recipes.engine import Training
 
@@ -39,7 +42,7 @@ def test_random_negatives_are_never_right():
         assert not set(row["neg"]) & data.positives_of(pairs)[row["query"]]
     assert data.random_negatives(pairs, 5) == rows
     assert data.random_negatives(pairs, 5, seed=1) != rows
-    with pytest.raises(AssetError, match="Row 1 can have 5 negatives, not 6"):
+    with pytest.raises(TutorialError, match="Row 1 can have 5 negatives, not 6"):
         data.random_negatives(pairs, 6)
 
 
@@ -67,7 +70,7 @@ def test_hard_negatives_keep_window_and_margin(monkeypatch):
     assert all(row["pos"][0] not in row["neg"] and len(set(row["neg"])) == 2 for row in rows)
     # Nothing scores below p5's own positive: its negatives are random fill-ins, and are counted.
     assert filled >= 2
-    with pytest.raises(AssetError, match="ranks 2 to 3 do not hold 3"):
+    with pytest.raises(TutorialError, match="ranks 2 to 3 do not hold 3"):
         data.hard_negatives(pairs, None, count=3, window=(2, 3))
 
 
@@ -95,21 +98,21 @@ def test_a_bad_row_is_named(tmp_path, change, message):
     good = {"query": "q", "pos": ["p"], "neg": ["n"]}
     file = tmp_path / "train.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in (good, good | change)))
-    with pytest.raises(AssetError, match="train.jsonl, row 2: .*" + message):
+    with pytest.raises(TutorialError, match="train.jsonl, row 2: .*" + message):
         data.check_file(file, group=2)
 
 
 def test_a_row_that_is_no_json_is_named(tmp_path):
     file = tmp_path / "train.jsonl"
     file.write_text('{"query": "q", "pos": ["p"], "neg": []}\n{"query": ')
-    with pytest.raises(AssetError, match="row 2"):
+    with pytest.raises(TutorialError, match="row 2"):
         data.check_file(file)
     file.write_text("")
-    with pytest.raises(AssetError, match="no rows"):
+    with pytest.raises(TutorialError, match="no rows"):
         data.check_file(file)
     file.write_text('{"query": "q", "pos": ["p"], "neg": []}')
     assert data.check_file(file, group=1)
-    with pytest.raises(AssetError, match="row 1: 'pos_scores'"):
+    with pytest.raises(TutorialError, match="row 1: 'pos_scores'"):
         data.check_file(file, scores=True)
 
 
@@ -136,9 +139,11 @@ def test_the_split_of_the_notebook_is_made_where_it_is_missing(tmp_path, capsys)
     train, validation = data.tutorial_pairs(tmp_path / "train.jsonl", tmp_path / "val.jsonl")
     assert "splitting" in capsys.readouterr().out
     assert len(train) == 341 and len(validation) == 86
+    source = profiles.mbpp_path(profiles.PROFILES["pocket"])
+    assert (train, validation) == split_pairs(read_mbpp(source))
     assert data.tutorial_pairs(tmp_path / "train.jsonl", tmp_path / "val.jsonl") == (train, validation)
     (tmp_path / "val.jsonl").unlink()
-    with pytest.raises(AssetError, match="val.jsonl does not exist"):
+    with pytest.raises(TutorialError, match="val.jsonl does not exist"):
         data.tutorial_pairs(tmp_path / "train.jsonl", tmp_path / "val.jsonl")
 
 
@@ -164,12 +169,12 @@ def test_other_settings_keep_the_old_result_beside(tmp_path, capsys):
     steps.close_step(folder, {"rows": 3})
     assert steps.open_step(folder, {"seed": 2}) is None
     assert "other settings (seed)" in capsys.readouterr().out
-    assert checkpoints.read_json(tmp_path / "step.previous" / "done.json")["rows"] == 3
+    assert read_json(tmp_path / "step.previous" / "done.json")["rows"] == 3
 
 
 def test_a_foreign_folder_is_refused_and_not_touched(tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
-    with pytest.raises(AssetError, match="no recipe made it"):
+    with pytest.raises(TutorialError, match="no recipe made it"):
         steps.open_step(tmp_path, {})
     assert (tmp_path / "mine.txt").read_text() == "precious"
     (tmp_path / "empty").mkdir()
@@ -239,7 +244,7 @@ def test_what_would_fail_fails_before_torchrun(tmp_path, tiny, t, options, messa
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     if t.model == "minilm":
         t = Training(**{**vars(t), "model": str(tiny)})
-    with pytest.raises(AssetError, match=message):
+    with pytest.raises(TutorialError, match=message):
         engine.train(t, file, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
@@ -248,7 +253,7 @@ def write_reports(folder, **second):
     good = {"started": 2, "group_size": 2, "before": "a", "after": "b", "not_finite": []}
     for rank, report in enumerate((good, {**good, **second})):
         report = {"first_batch": f"rows {rank}", **report}
-        checkpoints.write_json(folder / f"rank-{rank}.json", {"rank": rank, **report})
+        write_json(folder / f"rank-{rank}.json", {"rank": rank, **report})
 
 
 def test_reports_of_processes_that_trained_together_pass(tmp_path):
@@ -258,22 +263,22 @@ def test_reports_of_processes_that_trained_together_pass(tmp_path):
 
 def test_reports_that_show_a_silent_failure_do_not(tmp_path):
     write_reports(tmp_path, after="c")
-    with pytest.raises(AssetError, match="different parameters"):
+    with pytest.raises(TutorialError, match="different parameters"):
         engine.check_ranks(tmp_path, 2)
     write_reports(tmp_path, first_batch="rows 0")  # equal parameters: both trained alone on the same rows
-    with pytest.raises(AssetError, match="same first batch"):
+    with pytest.raises(TutorialError, match="same first batch"):
         engine.check_ranks(tmp_path, 2)
     write_reports(tmp_path, group_size=1)
-    with pytest.raises(AssetError, match=r"sizes \[2, 1\]"):
+    with pytest.raises(TutorialError, match=r"sizes \[2, 1\]"):
         engine.check_ranks(tmp_path, 2)
-    with pytest.raises(AssetError, match=r"Processes \[2\] of 3 left no report"):
+    with pytest.raises(TutorialError, match=r"Processes \[2\] of 3 left no report"):
         engine.check_ranks(tmp_path, 3)
     for name, change in (("not finite", {"not_finite": ["w"]}), ("no parameter", {"after": "a"})):
         write_reports(tmp_path)
         for rank in range(2):
             path = tmp_path / f"rank-{rank}.json"
-            checkpoints.write_json(path, checkpoints.read_json(path) | change)
-        with pytest.raises(AssetError, match=name):
+            write_json(path, read_json(path) | change)
+        with pytest.raises(TutorialError, match=name):
             engine.check_ranks(tmp_path, 2)
 
 
@@ -295,14 +300,16 @@ def test_the_trimmed_vocabulary_changes_no_vector(tmp_path):
 def test_a_start_model_is_announced(monkeypatch, capsys):
     assert raw_bert.start_model("auto", cpu=True) == "small"
     assert "random weights" in capsys.readouterr().out
-    monkeypatch.setattr(raw_bert.assets, "can_reach_hub", lambda: (True, "the hub answers"))
+    monkeypatch.setattr(raw_bert.network, "can_reach_hub", lambda: (True, "the hub answers"))
     assert raw_bert.start_model("auto", cpu=False) == "bert-base-uncased"
     assert "the hub answers" in capsys.readouterr().out
 
 
-def test_bert_base_needs_a_network(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(AssetError, match="--start small"):
+@pytest.mark.parametrize("switch", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+def test_bert_base_needs_a_network(tmp_path, monkeypatch, switch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv(switch, "1")
+    with pytest.raises(TutorialError, match="--start small"):
         models.bert_base(tmp_path / "bert-base-uncased")
 
 
@@ -359,7 +366,7 @@ def test_the_comparison_as_a_command(tmp_path, tiny, capsys):
              "--train", str(tmp_path / "train.jsonl"), "--validation", str(tmp_path / "val.jsonl"),
              "--output", str(tmp_path / "out")]  # fmt: skip
     compare.main(words)
-    results = checkpoints.read_json(tmp_path / "out" / "results.json")
+    results = read_json(tmp_path / "out" / "results.json")
     modes = [row["mode"] for row in results["rows"]]
     assert modes == ["dense", "dense", "sparse", "ColBERT", "weighted sum"]
     assert (
@@ -371,8 +378,33 @@ def test_the_comparison_as_a_command(tmp_path, tiny, capsys):
     capsys.readouterr()
     compare.main(words)
     assert "already finished" in capsys.readouterr().out
-    with pytest.raises(AssetError, match="NAME=MODEL"):
+    with pytest.raises(TutorialError, match="NAME=MODEL"):
         compare.main(["--checkpoint", str(tiny), *words[4:]])
+
+
+def test_the_figure_gives_weak_models_an_axis_of_their_own(tmp_path, monkeypatch):
+    def row(name, mean, low, high):
+        return {"name": name, "mode": "dense", "heads": False, "mrr": [mean, low, high]}
+
+    rows = [
+        row("ready-made", 0.78, 0.72, 0.84),
+        row("raw", 0.28, 0.22, 0.35),
+        row("tuned", 0.9, 0.85, 0.95),
+        row("weak", 0.45, 0.37, 0.53),  # its interval reaches two thirds of the reference
+    ]
+    drawn = []
+    monkeypatch.setattr(compare.figures, "intervals", lambda *args, **kwargs: drawn.append((args, kwargs)))
+    compare.figure({"queries": 86, "passages": 427, "rows": rows}, tmp_path / "x.png")
+    ((shown, title, path), options) = drawn[0]
+    assert [(row["label"], "group" in row) for row in shown] == [
+        ("ready-made", False), ("tuned", False), ("weak", False), ("raw", True)
+    ]  # fmt: skip
+    assert shown[3]["value"] == 0.28 and (shown[3]["lo"], shown[3]["hi"]) == (0.22, 0.35)
+    assert title.startswith(
+        "Highest MRR: tuned, 0.900. Of 4 intervals, 1 lie above the reference's 0.780 and 2"
+    )
+    assert path == tmp_path / "x.png" and options["reference"] == 0.78
+    assert options["reference_label"] == "ready-made: 0.780"
 
 
 def test_findings_follow_the_numbers():
@@ -414,14 +446,14 @@ def test_results_are_gathered_from_the_steps(tmp_path, monkeypatch, capsys):
         "losses": [2.0, 1.0],
     }
     for name in (*run_all.TRAINED, "dense.previous"):
-        checkpoints.write_json(tmp_path / "output" / name / "done.json", step)
-        checkpoints.write_json(tmp_path / "output" / name / "recipe.json", {"precision": "fp32"})
+        write_json(tmp_path / "output" / name / "done.json", step)
+        write_json(tmp_path / "output" / name / "recipe.json", {"precision": "fp32"})
     ranks = {"MiniLM, ready-made": [2, 2, 1], "dense": [1, 2, 1]}
     reference = np.array(ranks["MiniLM, ready-made"])
     rows = [
         {**compare.row_of(name, "dense", np.array(r), reference), "heads": False} for name, r in ranks.items()
     ]
-    checkpoints.write_json(
+    write_json(
         tmp_path / "output" / "comparison" / "results.json",
         {"queries": 3, "passages": 9, "reference": "MiniLM, ready-made", "rows": rows},
     )
@@ -430,7 +462,7 @@ def test_results_are_gathered_from_the_steps(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(run_all, name, tmp_path / getattr(run_all, name).name)
     run_all.README.write_text(f"above\n{run_all.START}\n{run_all.END}\nbelow\n")
     run_all.collect()
-    results = checkpoints.read_json(run_all.RESULTS)
+    results = read_json(run_all.RESULTS)
     assert results["wall_seconds"] == 5.0 * len(run_all.TRAINED)  # what was moved aside does not count
     assert results["runs"]["dense"]["updates"] == 3 and "losses" not in results["runs"]["dense"]
     text = run_all.README.read_text(encoding="utf-8")
@@ -440,7 +472,7 @@ def test_results_are_gathered_from_the_steps(tmp_path, monkeypatch, capsys):
 
 
 def test_the_committed_readme_holds_the_committed_results_and_nothing_else():
-    results = checkpoints.read_json(run_all.RESULTS)
+    results = read_json(run_all.RESULTS)
     assert run_all.report(results) in run_all.README.read_text(encoding="utf-8")
     assert run_all.findings(results["rows"]) == results["findings"]
     assert str(ROOT) not in run_all.RESULTS.read_text(encoding="utf-8")
@@ -456,7 +488,7 @@ def test_every_recipe_has_a_help_text(recipe, capsys):
 
 def test_an_error_ends_the_program_with_its_message():
     def fails():
-        raise AssetError("the remedy")
+        raise TutorialError("the remedy")
 
     with pytest.raises(SystemExit, match="Stopped: the remedy"):
         steps.run(fails)

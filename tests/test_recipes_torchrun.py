@@ -11,9 +11,8 @@ from tokenizers import Tokenizer, pre_tokenizers, processors, trainers
 from tokenizers import models as tokenizer_models
 from transformers import AutoModel, PreTrainedTokenizerFast, XLMRobertaConfig, XLMRobertaModel
 
-from embedding_tutorial import checkpoints
-from embedding_tutorial.assets import AssetError
-from embedding_tutorial.finetune import Encoder, embed
+from embedding_tutorial.encoder import HEAD_FILES, Encoder, embed
+from embedding_tutorial.files import TutorialError, read_json, write_json
 from recipes import engine, models, raw_bert
 from recipes.engine import Training
 
@@ -68,9 +67,7 @@ def m3(tmp_path_factory, rows):
     XLMRobertaModel(config).save_pretrained(folder)
     fast.save_pretrained(folder)
     models.describe_pooling(folder, 32, "cls")
-    checkpoints.write_json(
-        folder / "sentence_bert_config.json", {"max_seq_length": 64, "do_lower_case": False}
-    )
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": 64, "do_lower_case": False})
     torch.save(torch.nn.Linear(32, 32).state_dict(), folder / "colbert_linear.pt")
     torch.save(torch.nn.Linear(32, 1).state_dict(), folder / "sparse_linear.pt")
     return folder
@@ -89,7 +86,7 @@ def test_dense_with_hard_negatives(tmp_path, file, bert, rows, capsys):
     t = replace(TINY, model=str(bert), group=3, checkpointing=True, precision="bf16")
     found = engine.train(t, file, tmp_path / "run")
     assert found["updates"] == 3 and found["processes"] == 2 and len(found["losses"]) == 3
-    reports = [checkpoints.read_json(tmp_path / "run" / "reports" / f"rank-{n}.json") for n in range(2)]
+    reports = [read_json(tmp_path / "run" / "reports" / f"rank-{n}.json") for n in range(2)]
     assert reports[0]["group_size"] == reports[1]["group_size"] == 2
     assert reports[0]["after"] == reports[1]["after"] != reports[0]["before"]
     texts = [row["query"] for row in rows]
@@ -116,7 +113,7 @@ def test_unified_with_self_distillation_sub_batches_and_frozen_positions(tmp_pat
     )
     assert np.allclose(theirs["dense_vecs"], dense, atol=1e-5)
     assert theirs["lexical_weights"] and theirs["colbert_vecs"][0].shape[1] == 32
-    for name in checkpoints.HEAD_FILES:
+    for name in HEAD_FILES:
         old, new = (torch.load(f / name, weights_only=True)["weight"] for f in (m3, folder))
         assert not torch.equal(old, new)
     old, new = (AutoModel.from_pretrained(f).embeddings for f in (m3, folder))
@@ -135,15 +132,15 @@ def test_raw_bert_as_a_command(tmp_path, file, bert, rows, capsys):
              "2", "--cpu", "--output", str(tmp_path / "run")]  # fmt: skip
     raw_bert.main(words)
     opens_everywhere(tmp_path / "run" / "model", [row["query"] for row in rows])
-    assert checkpoints.read_json(tmp_path / "run" / "recipe.json")["group"] == 11
+    assert read_json(tmp_path / "run" / "recipe.json")["group"] == 11
     assert "--train_group_size 11" in capsys.readouterr().out  # the GPU command stands below the result
 
 
 def test_a_run_that_torchrun_ends_is_reported_with_its_log_and_done_again(tmp_path, file, bert, monkeypatch):
     t, real = replace(TINY, model=str(bert)), engine.flags
     monkeypatch.setattr(engine, "flags", lambda *a, **k: [*real(*a, **k), "--no_such_flag", "1"])
-    with pytest.raises(AssetError, match="no_such_flag"):
-        engine.train(t, file, tmp_path / "run")
+    with pytest.raises(TutorialError, match="no_such_flag"):
+        engine.train(t, file, tmp_path / "run", processes=1)
     assert (tmp_path / "run" / "train.log").exists() and not (tmp_path / "run" / "done.json").exists()
 
 
@@ -163,7 +160,7 @@ def without_use_cpu(monkeypatch, *more):
 @no_gpu
 def test_processes_that_train_alone_are_caught(tmp_path, file, bert, monkeypatch):
     without_use_cpu(monkeypatch)
-    with pytest.raises(AssetError, match=r"groups have the sizes \[1, 1\].*--use_cpu is missing"):
+    with pytest.raises(TutorialError, match=r"groups have the sizes \[1, 1\].*--use_cpu is missing"):
         engine.train(replace(TINY, model=str(bert)), file, tmp_path / "run")
     assert not (tmp_path / "run" / "model").exists() and not (tmp_path / "run" / "done.json").exists()
 
@@ -172,8 +169,8 @@ def test_processes_that_train_alone_are_caught(tmp_path, file, bert, monkeypatch
 def test_gradients_that_are_not_synchronised_are_caught(tmp_path, file, bert, monkeypatch):
     """With a process group but without --use_cpu both end with status 0 and different parameters."""
     without_use_cpu(monkeypatch, "--ddp_backend", "gloo")
-    with pytest.raises(AssetError, match="different parameters"):
+    with pytest.raises(TutorialError, match="different parameters"):
         engine.train(replace(TINY, model=str(bert)), file, tmp_path / "run")
-    reports = [checkpoints.read_json(tmp_path / "run" / "reports" / f"rank-{n}.json") for n in range(2)]
+    reports = [read_json(tmp_path / "run" / "reports" / f"rank-{n}.json") for n in range(2)]
     assert [report["group_size"] for report in reports] == [2, 2]
     assert not (tmp_path / "run" / "model").exists() and not (tmp_path / "run" / "done.json").exists()

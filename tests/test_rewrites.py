@@ -11,8 +11,10 @@ import pytest
 import torch
 from test_pocket_data import SECONDS_PER_RECORD, called_name, run_group
 
-from embedding_tutorial import finetune
-from embedding_tutorial.assets import AssetError
+from embedding_tutorial import finetune, training
+from embedding_tutorial.encoder import Encoder
+from embedding_tutorial.files import TutorialError
+from embedding_tutorial.pairs import read_pairs, read_rewrites, with_rewrites, write_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -89,12 +91,12 @@ def texts(encoder, rows):
 
 
 def test_an_epoch_sees_one_wording_and_one_code_of_each_pair(tiny_bert):
-    encoder, pairs = finetune.Encoder(tiny_bert, 64), finetune.with_rewrites(rewritten_pairs(), REWRITES)
-    data = finetune.tokenize_pairs(encoder, pairs)
+    encoder, pairs = Encoder(tiny_bert, 64), with_rewrites(rewritten_pairs(), REWRITES)
+    data = training.tokenize_pairs(encoder, pairs)
     plain = texts(encoder, data["query"])
     seen = [set() for _ in pairs]
     for epoch in range(60):
-        view = finetune.view_of(data, epoch, 42)
+        view = training.view_of(data, epoch, 42)
         assert view["query_id"] == data["query_id"] and view["neg"] == data["neg"]
         for i, pair in enumerate(pairs):
             query = [data["query"][i], *data["other_query"][i]].index(view["query"][i])
@@ -107,45 +109,43 @@ def test_an_epoch_sees_one_wording_and_one_code_of_each_pair(tiny_bert):
 
 
 def test_a_view_depends_on_seed_and_epoch_alone(tiny_bert):
-    data = finetune.tokenize_pairs(
-        finetune.Encoder(tiny_bert, 64), finetune.with_rewrites(rewritten_pairs(), REWRITES)
-    )
-    first = finetune.view_of(data, 3, 42)
+    data = training.tokenize_pairs(Encoder(tiny_bert, 64), with_rewrites(rewritten_pairs(), REWRITES))
+    first = training.view_of(data, 3, 42)
     random.seed(1)
-    assert finetune.view_of(data, 3, 42) == first
-    assert finetune.view_of(data, 4, 42) != first != finetune.view_of(data, 3, 43)
+    assert training.view_of(data, 3, 42) == first
+    assert training.view_of(data, 4, 42) != first != training.view_of(data, 3, 43)
 
 
 def test_pairs_without_rewrites_are_seen_as_they_are(tiny_bert):
-    data = finetune.tokenize_pairs(finetune.Encoder(tiny_bert, 64), rewritten_pairs())
-    assert finetune.view_of(data, 7, 42) == data
+    data = training.tokenize_pairs(Encoder(tiny_bert, 64), rewritten_pairs())
+    assert training.view_of(data, 7, 42) == data
 
 
 def test_a_run_takes_the_view_of_its_epoch(tiny_bert):
-    pairs = finetune.with_rewrites(rewritten_pairs(), REWRITES)
+    pairs = with_rewrites(rewritten_pairs(), REWRITES)
     config = finetune.TrainConfig(epochs=3, batch_size=3, queue=6)
-    run = finetune.start_run(tiny_bert, lambda e: finetune.tokenize_pairs(e, pairs), config, "cpu")
+    run = training.start_run(tiny_bert, lambda e: training.tokenize_pairs(e, pairs), config, "cpu")
     for update in range(6):
-        assert run.view == finetune.view_of(run.data, update // 2, 42)
+        assert run.view == training.view_of(run.data, update // 2, 42)
         batch, view = finetune.batch_of(update, 6, config), run.view
-        finetune.one_update(run)
+        training.one_update(run)
         assert run.queue.passage_ids[-3:].tolist() == [view["passage_id"][i] for i in batch]
         assert run.queue.owner_ids[-3:].tolist() == [run.data["query_id"][i] for i in batch]
 
 
 def test_another_code_of_the_same_pair_in_the_queue_is_no_negative(tiny_bert):
-    pairs = finetune.with_rewrites(rewritten_pairs(), REWRITES)
-    data = finetune.tokenize_pairs(finetune.Encoder(tiny_bert, 64), pairs)
+    pairs = with_rewrites(rewritten_pairs(), REWRITES)
+    data = training.tokenize_pairs(Encoder(tiny_bert, 64), pairs)
     own, passages = data["query_id"], data["passage_id"] + data["other_passage_id"][2]
     mask = finetune.duplicate_mask(*map(torch.tensor, (own, passages, own + [own[2]] * 2)))
     assert mask[:, 6:].sum() == 2 and mask[2, 6:].all()
 
 
 def test_a_rewrite_that_is_a_held_out_pair_is_a_leak(tiny_bert, tmp_path):
-    pairs = finetune.with_rewrites(rewritten_pairs(), REWRITES)
+    pairs = with_rewrites(rewritten_pairs(), REWRITES)
     held_out = [{"query": "wording 3 1", "pos_doc": "def other_3_0(): pass"}]
-    with pytest.raises(AssetError, match="also stand in the training set"):
-        finetune.check_before_training(
+    with pytest.raises(TutorialError, match="also stand in the training set"):
+        training.check_before_training(
             tiny_bert, pairs, held_out, finetune.TrainConfig(batch_size=2), tmp_path / "run", "cpu"
         )
 
@@ -160,16 +160,16 @@ def test_files_of_rewrites_are_checked_row_by_row(tmp_path):
     ):
         path = tmp_path / "x_rewrites.json"
         path.write_text(json.dumps(rows), encoding="utf-8")
-        with pytest.raises(AssetError, match=message):
-            finetune.read_rewrites(path)
+        with pytest.raises(TutorialError, match=message):
+            read_rewrites(path)
     path.write_text(json.dumps([good]), encoding="utf-8")
-    assert finetune.read_rewrites(path) == {1: {"other_queries": ["a"], "other_pos_docs": ["b"]}}
+    assert read_rewrites(path) == {1: {"other_queries": ["a"], "other_pos_docs": ["b"]}}
 
 
 def test_pairs_with_rewrites_survive_the_file(tmp_path):
-    pairs = finetune.with_rewrites(rewritten_pairs(), REWRITES)
-    finetune.write_pairs(tmp_path / "train.jsonl", pairs)
-    assert finetune.read_pairs(tmp_path / "train.jsonl") == pairs
-    finetune.write_pairs(tmp_path / "bad.jsonl", [pairs[0] | {"other_queries": [1]}])
-    with pytest.raises(AssetError, match="row 1: 'other_queries' must be a list of texts"):
-        finetune.read_pairs(tmp_path / "bad.jsonl")
+    pairs = with_rewrites(rewritten_pairs(), REWRITES)
+    write_pairs(tmp_path / "train.jsonl", pairs)
+    assert read_pairs(tmp_path / "train.jsonl") == pairs
+    write_pairs(tmp_path / "bad.jsonl", [pairs[0] | {"other_queries": [1]}])
+    with pytest.raises(TutorialError, match="row 1: 'other_queries' must be a list of texts"):
+        read_pairs(tmp_path / "bad.jsonl")

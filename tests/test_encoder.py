@@ -1,0 +1,328 @@
+"""Texts to vectors, and a model as a folder of files, against PyTorch, transformers, sentence-transformers
+and FlagEmbedding."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import tree, unit
+from sentence_transformers import SentenceTransformer
+from transformers import AutoTokenizer
+
+from embedding_tutorial.encoder import (
+    HEAD_FILES,
+    Encoder,
+    LookUp,
+    autocast,
+    companions,
+    embed,
+    equal_runs,
+    fingerprint,
+    group_by_length,
+    in_order,
+    packed_attention,
+    random_state,
+    read_pooling,
+    rectangular_attention,
+    save_model,
+    set_random_state,
+    tokenize,
+    vectors_elsewhere,
+    weights_file,
+)
+from embedding_tutorial.files import TutorialError, write_json
+
+# ---------------------------------------------------------------- tokens and groups
+
+
+def test_tokenize_equals_the_tokenizer_one_text_at_a_time(tiny_m3, texts):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_m3)
+    rows = tokenize(tokenizer, texts, 20)
+    assert rows == [tokenizer(text, truncation=True, max_length=20)["input_ids"] for text in texts]
+    assert max(map(len, rows)) == 20 and all(row[0] == 0 and row[-1] == 2 for row in rows)
+    assert tokenize(tokenizer, [], 20) == []
+
+
+def test_groups_hold_each_text_once_shortest_first_and_within_the_budget():
+    lengths = np.random.default_rng(0).integers(1, 90, 200).tolist() + [500, 5]
+    groups = group_by_length(lengths, 128)
+    order = [i for group in groups for i in group]
+    assert sorted(order) == list(range(len(lengths)))
+    assert [lengths[i] for i in order] == sorted(lengths)
+    sums = [sum(lengths[i] for i in group) for group in groups]
+    assert all(total <= 128 for total in sums[:-1])
+    assert groups[-1] == [200] and sums[-1] == 500  # a text longer than the budget is a group of its own
+    nexts = [lengths[group[0]] for group in groups[1:]]
+    assert all(a + b > 128 for a, b in zip(sums[:-1], nexts, strict=True))  # no group closes too early
+    assert group_by_length([], 10) == []
+
+
+def test_equal_runs_by_hand():
+    assert equal_runs([3, 3, 5, 3]) == [(0, 2, 3), (6, 1, 5), (11, 1, 3)]
+
+
+@pytest.mark.parametrize("kind", ["packed", "rectangular"])
+def test_attention_within_texts_equals_one_masked_attention(kind):
+    lengths = [2, 2, 2, 5, 7, 7]
+    q, k, v = (unit(1, 3, sum(lengths), 4, seed=s).requires_grad_() for s in range(3))
+    runs = equal_runs(lengths)
+    if kind == "packed":
+        out = packed_attention(None, q, k, v, None, runs, scaling=0.7)[0]
+    else:
+        out = rectangular_attention(q, k, v, runs, 0.7, 0.0)
+    text = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=text[:, None] == text[None], scale=0.7)
+    torch.testing.assert_close(out, expected.transpose(1, 2))
+    upstream = unit(*out.shape, seed=9)
+    for a, b in zip(
+        torch.autograd.grad(out, (q, k, v), upstream),
+        torch.autograd.grad(expected.transpose(1, 2), (q, k, v), upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_pooling_is_read_from_the_model(tiny_bert, tiny_m3, tmp_path):
+    assert (read_pooling(tiny_bert), read_pooling(tiny_m3)) == ("mean", "cls")
+    write_json(tmp_path / "new" / "1_Pooling" / "config.json", {"pooling_mode": "cls"})
+    assert read_pooling(tmp_path / "new") == "cls"
+    write_json(tmp_path / "max" / "1_Pooling" / "config.json", {"pooling_mode_max_tokens": True})
+    with pytest.raises(TutorialError, match="1_Pooling/config.json asks for neither CLS nor mean"):
+        read_pooling(tmp_path / "max")
+
+
+# ---------------------------------------------------------------- the encoder
+
+
+@pytest.mark.parametrize("model", ["tiny_bert", "tiny_m3", "minilm"])
+def test_vectors_equal_those_of_sentence_transformers(model, texts, request):
+    folder = request.getfixturevalue(model)
+    encoder = Encoder(folder, max_length=256).eval()
+    peer = SentenceTransformer(str(folder), device="cpu")
+    peer.max_seq_length = 256
+    with torch.no_grad():
+        ours = embed(encoder, texts, token_budget=300)
+    theirs = peer.encode(texts, normalize_embeddings=True, convert_to_tensor=True, show_progress_bar=False)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    spread = (ours @ ours.T).min().item()
+    assert spread < 0.95  # a model whose vectors all agree would make this test say nothing
+
+
+def test_embed_keeps_the_order_and_does_not_depend_on_the_budget(tiny_m3, texts):
+    encoder = Encoder(tiny_m3, max_length=128).eval().double()
+    alone = torch.cat([encoder([row]) for row in encoder.tokenize(texts)])
+    for budget in (1, 100, 500, 10**6):
+        torch.testing.assert_close(embed(encoder, texts, budget), alone, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(embed(encoder, encoder.tokenize(texts)), alone, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(embed(encoder, texts[::-1]), alone.flip(0), rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match="at least one text"):
+        embed(encoder, [])
+
+
+def test_in_order_undoes_the_grouping():
+    groups = [[2, 0], [3], [1, 4]]
+    parts = [torch.tensor([[float(i)] for i in group]) for group in groups]
+    assert in_order(groups, parts).flatten().tolist() == [0, 1, 2, 3, 4]
+
+
+def test_encoder_settings(tiny_bert, tiny_m3, tmp_path):
+    assert Encoder(tiny_bert).backbone.config.hidden_dropout_prob == 0
+    own = Encoder(tiny_bert, dropout=None).backbone.config
+    assert (own.hidden_dropout_prob, own.attention_probs_dropout_prob) == (0.1, 0.1)
+    assert Encoder(tiny_m3, max_length=8192).max_length == 8192
+    with pytest.raises(TutorialError, match="max_length 513 is more than the 512 tokens"):
+        Encoder(tiny_bert, max_length=513)
+    shutil.copytree(tiny_bert, tmp_path / "other")
+    write_json(tmp_path / "other" / "config.json", {"model_type": "gpt2"})
+    with pytest.raises(TutorialError, match="is a gpt2; this code knows bert"):
+        Encoder(tmp_path / "other")
+
+
+def test_dropout_acts_in_training_only(tiny_bert, texts):
+    encoder = Encoder(tiny_bert, max_length=64, dropout=0.5)
+    with torch.no_grad():
+        encoder.train()
+        assert not torch.equal(embed(encoder, texts), embed(encoder, texts))
+        encoder.eval()
+        assert torch.equal(embed(encoder, texts), embed(encoder, texts))
+
+
+# ---------------------------------------------------------------- gradients
+
+
+def test_random_state_round_trip():
+    state = random_state(torch.device("cpu"))
+    first = torch.rand(5)
+    set_random_state(state, torch.device("cpu"))
+    assert torch.equal(torch.rand(5), first)
+
+
+# ---------------------------------------------------------------- schedule and batches
+
+
+def test_autocast(tiny_bert):
+    encoder = Encoder(tiny_bert, 64)
+    a, b = torch.ones(2, 2), torch.ones(2, 2)
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        with autocast(encoder, precision):
+            assert (a @ b).dtype == dtype
+
+
+def test_bf16_vectors_are_float32_and_close(tiny_bert, texts):
+    encoder = Encoder(tiny_bert, 64).eval()
+    with torch.no_grad():
+        exact = embed(encoder, texts)
+        with autocast(encoder, "bf16"):
+            rough = embed(encoder, texts)
+    assert rough.dtype == torch.float32 and not torch.equal(rough, exact)
+    torch.testing.assert_close(rough, exact, rtol=0, atol=0.05)
+
+
+# ---------------------------------------------------------------- out of memory, bad numbers
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_lookup_has_the_gradient_of_an_embedding_and_adds_to_what_is_there(kind):
+    table = torch.randn(50, 4, dtype=kind, requires_grad=True)
+    same = table.detach().clone().requires_grad_()
+    for ids in (
+        torch.tensor([3, 7, 3, 49]),
+        torch.tensor([0, 3]),
+    ):  # token 3 twice in a call, and in both calls
+        weight = torch.randn(len(ids), 4, dtype=kind)
+        (LookUp.apply(table, ids) * weight).sum().backward()
+        (torch.nn.functional.embedding(ids, same) * weight).sum().backward()
+    assert torch.allclose(table.grad, same.grad, rtol=0, atol=1e-6) and table.grad.abs().sum() > 0
+
+
+# ---------------------------------------------------------------- saving
+
+
+@pytest.mark.parametrize("model", ["tiny_bert", "tiny_m3"])
+def test_a_saved_model_opens_everywhere_with_the_same_vectors(model, texts, tmp_path, request):
+    base = request.getfixturevalue(model)
+    texts = texts[:-1]  # the last is longer than 512 tokens, where the libraries' limits differ
+    encoder = Encoder(base, max_length=512)
+    with torch.no_grad():  # not the base's weights any more
+        for w in encoder.parameters():
+            w.add_(torch.randn(w.shape, generator=torch.Generator().manual_seed(0)) * 0.05)
+        ours = embed(encoder.eval(), texts).numpy()
+    save_model(encoder, tmp_path / "saved")
+    found = vectors_elsewhere(tmp_path / "saved", texts)
+    expected = {"AutoModel", "SentenceTransformer", "FlagModel"} | (
+        {"BGEM3FlagModel"} if model == "tiny_m3" else set()
+    )
+    assert found.keys() == expected
+    for library, vectors in found.items():
+        np.testing.assert_allclose(vectors, ours, rtol=0, atol=1e-5, err_msg=library)
+    again = Encoder(tmp_path / "saved", max_length=512).eval()
+    with torch.no_grad():
+        assert np.array_equal(embed(again, texts).numpy(), ours)
+    unchanged = Encoder(base, max_length=512).eval()
+    with torch.no_grad():
+        assert np.abs(embed(unchanged, texts).numpy() - ours).max() > 0.01
+
+
+def test_the_two_heads_of_bge_m3_are_carried_and_work(tiny_m3, pairs, tmp_path):
+    from FlagEmbedding import BGEM3FlagModel
+
+    save_model(Encoder(tiny_m3, max_length=512), tmp_path / "saved")
+    for name in (
+        *HEAD_FILES,
+        "sentencepiece.bpe.model",
+        "tokenizer.json",
+        "modules.json",
+        "config.json",
+    ):
+        assert (tmp_path / "saved" / name).read_bytes() == (tiny_m3 / name).read_bytes(), name
+    assert not (tmp_path / "saved" / "pytorch_model.bin").exists()
+    texts = [pair["query"] for pair in pairs[:3]]
+    outputs = [
+        BGEM3FlagModel(str(folder), use_fp16=False, devices="cpu").encode(
+            texts, return_dense=True, return_sparse=True, return_colbert_vecs=True
+        )
+        for folder in (tiny_m3, tmp_path / "saved")
+    ]
+    assert all(outputs[1]["lexical_weights"])
+    for a, b in zip(outputs[0]["lexical_weights"], outputs[1]["lexical_weights"], strict=True):
+        assert a.keys() == b.keys() and np.allclose(list(a.values()), list(b.values()))
+    for a, b in zip(outputs[0]["colbert_vecs"], outputs[1]["colbert_vecs"], strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+# ---------------------------------------------------------------- models
+
+
+def test_weights_file(tmp_path):
+    with pytest.raises(TutorialError, match="holds neither model.safetensors nor pytorch_model.bin"):
+        weights_file(tmp_path)
+    (tmp_path / "pytorch_model.bin").touch()
+    assert weights_file(tmp_path).name == "pytorch_model.bin"
+    (tmp_path / "model.safetensors").touch()
+    assert weights_file(tmp_path).name == "model.safetensors"
+
+
+# What `tiny_m3` holds: all that is copied with a model, and its weights.
+FILES = [
+    "pytorch_model.bin",
+    "1_Pooling/config.json",
+    "colbert_linear.pt",
+    "config.json",
+    "config_sentence_transformers.json",
+    "modules.json",
+    "sentence_bert_config.json",
+    "sentencepiece.bpe.model",
+    "sparse_linear.pt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+]
+ABOUT_THE_MODEL = ("README.md", "onnx/config.json", ".cache/x.json", "imgs/a.json", ".gitattributes")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_fingerprint_changes_with_every_file_that_is_copied_with_a_model(tiny_m3, tmp_path, name):
+    model = shutil.copytree(tiny_m3, tmp_path / "model")
+    before = fingerprint(model)
+    assert before == fingerprint(tiny_m3) and len(before) == 16  # the place does not matter
+    for other in ABOUT_THE_MODEL:
+        (model / other).parent.mkdir(exist_ok=True)
+        (model / other).write_text("{}")
+    assert fingerprint(model) == before
+    content = bytearray((model / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (model / name).write_bytes(content)
+    changed = fingerprint(model)
+    assert changed != before
+    if name != "pytorch_model.bin":
+        (model / name).unlink()
+        assert fingerprint(model) not in (before, changed)
+
+
+def test_the_fingerprint_knows_which_file_holds_what(tiny_m3, tmp_path):
+    model = shutil.copytree(tiny_m3, tmp_path / "model")
+    before = fingerprint(model)
+    (model / "vocab.txt").write_text("one more file")
+    more = fingerprint(model)
+    (model / "vocab.txt").rename(model / "merges.txt")
+    assert len({before, more, fingerprint(model)}) == 3
+
+
+def test_companions_are_everything_but_weights_and_a_saved_model_holds_them(tiny_m3, tmp_path):
+    base = shutil.copytree(tiny_m3, tmp_path / "base")
+    for name in (*ABOUT_THE_MODEL, "model.safetensors"):
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text("{}")
+    inside = sorted(name for name, content in tree(tiny_m3).items() if content is not None)
+    assert sorted(FILES) == inside  # or the test above leaves one out
+    assert companions(base) == sorted(FILES[1:])
+    (base / "model.safetensors").unlink()
+    save_model(Encoder(base, 64), tmp_path / "saved")
+    saved = {name: content for name, content in tree(tmp_path / "saved").items() if content is not None}
+    assert saved.keys() == {*FILES[1:], "model.safetensors"}
+    assert all(
+        content == (tiny_m3 / n).read_bytes() for n, content in saved.items() if n != "model.safetensors"
+    )
+    assert companions(tmp_path / "saved") == companions(base)
