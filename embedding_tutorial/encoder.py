@@ -16,8 +16,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoModel, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from .files import TutorialError, atomic_folder, read_json, relative, sha256_of
+
+disable_progress_bar()  # a bar for each of the many short loads would bury what a cell shows
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 HEAD_FILES = ("colbert_linear.pt", "sparse_linear.pt")  # BGE-M3's sparse and multi-vector outputs

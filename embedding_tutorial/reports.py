@@ -116,7 +116,7 @@ def losses_by_batch(study):
     for name, size in OWN_BATCH.items():
         entry = study["recipes"][name]
         cell = entry["cells"]["42-0"]
-        curves[f"batch {size}"] = {"losses": cell["losses"], "chance": None}
+        curves[f"batch {size}"] = cell["losses"]
         seen = entry["settings"]["epochs"] * cell["train_pairs"]  # an epoch's last batch is shorter
         pairs_per_step[f"batch {size}"] = seen / len(cell["losses"])
     return curves, pairs_per_step

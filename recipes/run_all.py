@@ -56,7 +56,7 @@ MODELS = {  # name in the table: model
 TRAINED = ("dense", "dense-hard", "unified", "unified-teacher", "raw-bert-10", "raw-bert-50")
 QUESTIONS = [  # (question, row before, row after); a row is (name, mode)
     (
-        "FlagEmbedding (2 epochs) instead of notebook 01 (10 epochs on rewrites, three runs, merged)",
+        "FlagEmbedding (2 epochs) instead of notebook 01 (10 epochs, merged halfway)",
         ("notebook 01", "dense"),
         ("dense", "dense"),
     ),

@@ -11,7 +11,6 @@ from . import style as st
 def in_batch_diagram(queries, passages, title, path=None, source=None) -> Figure:
     """A batch as a grid: each query against each code, the pairs on the diagonal.
     queries, passages: n texts each (about 4); query i belongs to passage i."""
-    st.same_length(queries=queries, passages=passages)
     n, middles = len(queries), np.arange(len(queries)) + 0.5
     rows = [st.wrap(text, 3, 10) for text in queries]
     columns = [st.wrap(text, 1.2, 10) for text in passages]
@@ -24,11 +23,11 @@ def in_batch_diagram(queries, passages, title, path=None, source=None) -> Figure
         ax.add_patch(Rectangle((column, row), 1, 1, facecolor=face, edgecolor="white", lw=3))
         style = {"color": ink, "fontweight": weight, "fontsize": 11}
         ax.text(column + 0.5, row + 0.5, text, ha="center", va="center", **style)
-    chosen, note = min(1, n - 1), f"this query:\n1 positive,\n{n - 1} negatives"
     outline = {"fill": False, "edgecolor": st.RUST, "linewidth": 3, "clip_on": False}
-    ax.add_patch(Rectangle((0, chosen), n, 1, zorder=4, **outline))
+    ax.add_patch(Rectangle((0, 1), n, 1, zorder=4, **outline))
     bold = {"fontsize": 11, "fontweight": "bold", "color": st.RUST}
-    ax.text(n + 0.1, chosen + 0.5, note, va="center", **bold)
+    note = f"this query:\n1 positive,\n{n - 1} negatives"
+    ax.text(n + 0.1, 1.5, note, va="center", **bold)
     ax.set(xlim=(0, n), ylim=(n, 0))
     ax.grid(False)
     ax.spines[:].set_visible(False)
@@ -68,9 +67,7 @@ def building_blocks(title, path=None, source=None) -> Figure:
 def temperature_bars(scores, taus, title, path=None, source=None) -> Figure:
     """softmax(scores / tau): grouped bars, one colour per temperature, the value above each bar.
     scores: (n,) cosine similarities of one query to n passages. taus: temperatures above 0."""
-    scores, taus = st.numbers("scores", scores), st.numbers("taus", taus)
-    if (taus <= 0).any():
-        raise ValueError(f"taus: a temperature must be above 0, got {taus.min():g}")
+    scores = np.array(scores)
     shares = {f"τ = {tau:g}": np.exp((scores - scores.max()) / tau) for tau in taus}
     shares = {name: share / share.sum() for name, share in shares.items()}
     fig, [[ax]] = st.figure(9, 4)

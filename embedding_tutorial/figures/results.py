@@ -9,13 +9,10 @@ from . import style as st
 
 
 @st.styled
-def intervals(
-    rows, title, path=None, xlabel="score", reference=None, reference_label=None, source=None
-) -> Figure:
+def intervals(rows, title, path, xlabel, reference, reference_label, source=None) -> Figure:
     """One dot with its 95 % interval per row; each group of rows has a panel and axis of its own.
     rows: [{"label": str, "value": float, "lo": float, "hi": float, "group": str (optional)}], from
     top to bottom. reference: where a dashed line stands in every panel (0 for differences)."""
-    st.same_length(rows=rows)
     names = list(dict.fromkeys(row.get("group") for row in rows))
     groups = [[row for row in rows if row.get("group") == name] for name in names]
     sizes = {"height_ratios": [len(group) + 0.6 for group in groups]}
@@ -28,13 +25,10 @@ def intervals(
             st.error_bar(ax, triple, y, st.BLUE, 2.5, zorder=3, **st.point_style(look))
             note = "{}  [{}, {}]".format(*map(st.number, triple))
             ax.annotate(note, (1.02, y), xycoords=("axes fraction", "data"), va="center")
-        if reference is not None:
-            label = reference_label or f"reference: {st.number(reference)}"
-            ax.axvline(reference, color=st.RUST, ls="--", lw=1.4, zorder=1, label=label)
+        ax.axvline(reference, color=st.RUST, ls="--", lw=1.4, zorder=1, label=reference_label)
         st.rows_down(ax, [row["label"] for row in group])
         ax.set_title(name or "", loc="right")
-    if reference is not None:
-        st.legend_above(axes[0, 0])
+    st.legend_above(axes[0, 0])
     axes[-1, 0].set_xlabel(f"{xlabel}, 95 % interval")
     return st.finish(fig, title, path, source)
 
@@ -44,18 +38,15 @@ def before_after(results, title, path=None, source=None) -> Figure:
     """Scores of base and merged with 95 % intervals, and their paired difference against 0.
     results: {metric: {"base": (value, lo, hi), "merged": (value, lo, hi), "difference": (value, lo,
     hi)}}; the difference is merged − base."""
-    st.same_length(results=results)
     fig, [[scores, change]] = st.figure(9.5, 4.2, 1, 2, gridspec_kw={"width_ratios": [3, 2]})
     beside = {"textcoords": "offset points", "va": "center"}
-    for i, (metric, result) in enumerate(results.items()):
+    for i, result in enumerate(results.values()):
         for model, at in (("base", i - 0.17), ("merged", i + 0.17)):
             style = st.point_style(st.MODELS[model]) | {"label": None if i else model}
             st.error_bar(scores, at, result[model], **style)
             value = result[model][0]
             scores.annotate(st.number(value), (at, value), (11, 0), **beside)
         value = result["difference"][0]
-        if abs(result["merged"][0] - result["base"][0] - value) > 2e-3:
-            raise ValueError(f"{metric}: the difference {value} is not merged − base")
         st.error_bar(change, i, result["difference"], marker="D", markersize=7, color=st.INK)
         change.annotate(st.number(value, signed=True), (i, value), (11, 0), **beside)
     change.axhline(0, color=st.RUST, linestyle="--", linewidth=1.4, zorder=1)
@@ -71,10 +62,8 @@ def before_after(results, title, path=None, source=None) -> Figure:
 def similarity_heatmaps(base, merged, labels, title, path=None, source=None) -> Figure:
     """Cosine similarity of each query to each code in two models, on one colour scale.
     base, merged: (n, n); row i is query i, column j code j, the pairs on the diagonal. labels: n
-    short strings. Up to n = 8 each cell shows its value."""
-    matrices, n = st.numbers("similarities", [base, merged], 3), len(labels)
-    if matrices.shape != (2, n, n):
-        raise ValueError(f"expected two {n} x {n} matrices for {n} labels")
+    short strings."""
+    matrices, n = np.array([base, merged]), len(labels)
     low, high = matrices.min(), matrices.max()
     fig, [axes] = st.figure(10.5, 5.4, 1, 2, sharey=True)
     frame = {"fill": False, "edgecolor": st.INK, "linewidth": 1.8, "zorder": 3}
@@ -83,7 +72,7 @@ def similarity_heatmaps(base, merged, labels, title, path=None, source=None) -> 
         image = ax.imshow(matrix, cmap="cividis", vmin=low, vmax=high, interpolation="nearest")
         for i in range(n):
             ax.add_patch(Rectangle((i - 0.46, i - 0.46), 0.92, 0.92, **frame))
-        for i, j in np.ndindex(n, n) if n <= 8 else ():
+        for i, j in np.ndindex(n, n):
             ink = st.INK if matrix[i, j] > (low + high) / 2 else "white"
             ax.text(j, i, st.number(matrix[i, j], 2), ha="center", va="center", color=ink)
         ax.set_title(model, fontweight="bold")
@@ -101,9 +90,7 @@ def projection(points, labels, title, path=None, source=None) -> Figure:
     """About 10 pairs of query and code on two principal components, before and after training.
     points: {"base": (queries (n, 2), codes (n, 2)), "merged": (…)}, both in the coordinates of one
     PCA; row i of queries and codes is a pair. labels: n short strings, listed with numbers."""
-    stacks = st.numbers("points", [points["base"], points["merged"]], 4)
-    if stacks.shape != (2, 2, len(labels), 2):
-        raise ValueError(f"points: expected 2 x {len(labels)} x 2 numbers for each model")
+    stacks = np.array([points["base"], points["merged"]])
     low, high = stacks.min((0, 1, 2)), stacks.max((0, 1, 2))
     reach = np.array([-0.58, 0.58]) * (high - low).max()  # one square for both panels
     fig, [[*axes, names]] = st.figure(11, 4.9, 1, 3, gridspec_kw={"width_ratios": [1, 1, 0.5]})

@@ -14,16 +14,14 @@ def worked_ndcg(grades, ideal, title, path=None, source=None) -> Figure:
     """One nDCG worked out: gain and discounted gain of each rank, as found and in ideal order.
     grades: grades of the passages at ranks 1, 2, …. ideal: the best grades, falling; the shorter
     list is filled with 0. The discounted gain of rank r is grade / log2(r + 1)."""
-    if (np.diff(st.numbers("ideal", ideal)) > 0).any():
-        raise ValueError("ideal: the grades must fall from rank to rank")
-    k, small = max(len(grades), len(ideal)), {"fontsize": 9 if len(grades) <= 6 else 7}
+    k, show = max(len(grades), len(ideal)), lambda x: f"{x:.2f}".removesuffix(".00")
     fig, [axes] = st.figure(10.5, 4, 1, 2, sharey=True)
     orders = {"found order: DCG": grades, "ideal order: IDCG": ideal}
     for ax, (name, gain) in zip(axes, orders.items(), strict=True):
-        gain = np.pad(st.numbers(name, gain), (0, k - len(gain)))
+        gain = np.pad(np.array(gain, float), (0, k - len(gain)))
         discounted = gain / np.log2(np.arange(k) + 2)
         columns = {"gain: the grade": gain, "discounted: grade / log₂(rank + 1)": discounted}
-        st.grouped_bars(ax, columns, st.OTHERS, lambda x: f"{x:.2f}".removesuffix(".00"), **small)
+        st.grouped_bars(ax, columns, st.OTHERS, show, fontsize=7)
         ax.set_title(f"{name} = {discounted.sum():.3f}", pad=24)
         ax.set_xticks(range(k), range(1, k + 1))
         ax.set(xlabel="rank", ymargin=0.12)
@@ -34,21 +32,18 @@ def worked_ndcg(grades, ideal, title, path=None, source=None) -> Figure:
 
 def _metric_panels(tables, differences, title, path, source) -> Figure:
     """One panel of grouped bars per metric on one y axis, and a cell for the legend."""
-    shapes = [{metric: list(cuts) for metric, cuts in table.items()} for table in tables.values()]
-    if len(shapes) <= differences or any(shape != shapes[0] for shape in shapes):
-        raise ValueError(f"tables: too few, or metrics and cut-offs differ: {shapes}")
     looks, (first, *others), panels = st.looks(tables), tables, {}
-    for metric in shapes[0]:
-        bars = {name: st.numbers(name, list(tables[name][metric].values())) for name in tables}
+    for metric in tables[first]:
+        bars = {name: np.array(list(tables[name][metric].values())) for name in tables}
         less = {f"{name} − {first}": bars[name] - bars[first] for name in others}
         panels[metric] = less if differences else bars
-    columns = min(3, len(panels))
-    rows = math.ceil((len(panels) + 1) / columns)
-    fig, axes = st.figure(10.5, 0.7 + 2.6 * rows, rows, columns, sharey=True)
+    rows = math.ceil((len(panels) + 1) / 3)
+    fig, axes = st.figure(10.5, 0.7 + 2.6 * rows, rows, 3, sharey=True)
     for ax, (metric, bars) in zip(axes.flat, panels.items(), strict=False):
         show = functools.partial(st.number, signed=differences)
         st.grouped_bars(ax, bars, looks[differences:], show, fontsize=7.5, rotation=90)
-        ax.set_xticks(range(len(shapes[0][metric])), [f"@{cut}" for cut in shapes[0][metric]])
+        cuts = tables[first][metric]
+        ax.set_xticks(range(len(cuts)), [f"@{cut}" for cut in cuts])
         ax.set_title(metric)
         ax.axhline(0, color=st.INK, linewidth=0.8)
     every = np.concatenate([values for bars in panels.values() for values in bars.values()])
@@ -81,15 +76,11 @@ def metric_differences(tables, title, path=None, source=None) -> Figure:
 
 
 @st.styled
-def mixture(
-    rows, chosen, title, path=None, xlabel="code", ylabel="general", others=None, source=None
-) -> Figure:
+def mixture(rows, chosen, title, path, xlabel, ylabel, others=None, source=None) -> Figure:
     """What weights between base (alpha = 0) and fine-tuned (alpha = 1) score on code and elsewhere.
     rows: [{"alpha": float, "code": (value, lo, hi), "general": (value, lo, hi)}]. chosen: the alpha
     of the merged model. others: {label: ((value, lo, hi) on code, (value, lo, hi) in general)}."""
     rows = sorted(rows, key=lambda row: row["alpha"])
-    if chosen not in [row["alpha"] for row in rows]:
-        raise ValueError(f"chosen: {chosen} is not one of the alphas")
     names = {0: "base", 1: "fine-tuned", chosen: "merged"}
     points, dot = [], {"marker": "o", "color": st.MUTED, "markersize": 5}
     for row in rows:

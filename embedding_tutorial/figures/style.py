@@ -5,7 +5,6 @@ every figure can be read in greyscale. `STYLE` holds only while a figure is draw
 
 import re
 from itertools import pairwise, product
-from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -52,38 +51,15 @@ STYLE = {
 styled = mpl.rc_context(STYLE)  # decorates every function that draws
 
 
-def numbers(name: str, values, ndim: int = 1) -> np.ndarray:
-    """`values` as a float array; ValueError if it is empty, of another shape, or not finite."""
-    array = np.asarray(values, dtype=float)
-    if array.ndim != ndim or array.size == 0 or not np.isfinite(array).all():
-        raise ValueError(f"{name}: expected finite numbers in {ndim} dimension(s), got {values!r}")
-    return array
-
-
-def same_length(**columns) -> None:
-    """ValueError if the columns are empty or differ in length."""
-    sizes = {name: len(column) for name, column in columns.items()}
-    if len(set(sizes.values())) != 1 or 0 in sizes.values():
-        raise ValueError(f"empty, or lengths differ: {sizes}")
-
-
 def number(value: float, digits: int = 3, signed: bool = False) -> str:
     """Fixed digits, a true minus sign, and never "−0.000"."""
     text = f"{value:{'+' if signed else ''}.{digits}f}"
     return f"{0:.{digits}f}" if float(text) == 0 else text.replace("-", "−")
 
 
-def moved(first: float, last: float, digits: int = 3) -> str:
-    """ "rose from 0.651 to 0.709", "fell from …", or "stayed at …" where both read the same."""
-    a, b = number(first, digits), number(last, digits)
-    return f"stayed at {a}" if a == b else f"{'fell' if last < first else 'rose'} from {a} to {b}"
-
-
 def looks(names) -> list[dict]:
     """Colour, hatch and marker for each name; a model always has its own."""
     free = [name for name in names if name not in MODELS]
-    if len(set(free)) > len(OTHERS):
-        raise ValueError(f"{len(set(free))} names, but only {len(OTHERS)} looks: {free}")
     return [MODELS.get(name) or OTHERS[free.index(name)] for name in names]
 
 
@@ -102,9 +78,7 @@ def error_bar(ax, x, y, ecolor=MUTED, width=1.6, **point) -> None:
     """A point with its interval; `x`, `y` or both are (value, lo, hi), the other a number."""
     at, reach = [], []
     for given in (x, y):
-        value, lo, hi = numbers("point", given if np.ndim(given) else (given,) * 3)
-        if not lo - 1e-9 <= value <= hi + 1e-9:
-            raise ValueError(f"{value} lies outside its interval [{lo}, {hi}]")
+        value, lo, hi = given if np.ndim(given) else (given,) * 3
         at.append(value)
         reach.append(np.maximum(0, [[value - lo], [hi - value]]) if np.ndim(given) else None)
     ends = {"ecolor": ecolor, "elinewidth": width, "capsize": 2 * width, "capthick": width}
@@ -156,7 +130,8 @@ def rows_down(ax, labels, height: float | None = None) -> None:
 
 
 def finish(fig: Figure, title: str, path, source, labels=()) -> Figure:
-    """Add title and source, place `labels` (arguments of `place_labels`), save if asked."""
+    """Add title and source, place `labels` (arguments of `place_labels`), save if asked: as PNG, in
+    one step and a folder made if needed."""
     width = fig.get_figwidth()
     fig.suptitle(wrap(title, width - 0.25, 11.5, "bold"), x=0.1 / width, ha="left")
     if source:
@@ -166,7 +141,9 @@ def finish(fig: Figure, title: str, path, source, labels=()) -> Figure:
     for arguments in labels:
         place_labels(*arguments)
     if path is not None:
-        save(fig, path)
+        options = {"dpi": 150, "bbox_inches": "tight", "facecolor": "white"}
+        with atomic_file(path) as file:
+            fig.savefig(file, format="png", metadata={"Software": None}, **options)
     return fig
 
 
@@ -193,15 +170,3 @@ def place_labels(ax, points, texts, lines=()) -> None:
         _, radius, note.xyann, box = min(tried, key=lambda place: place[0])
         taken.append(box)
         note.arrow_patch.set_visible(radius > 11)  # far from its point a thin line leads there
-
-
-def save(fig: Figure, path) -> Path:
-    """Write `fig` as .png (150 dpi) in one step, in a folder made if needed: never half a file."""
-    path = Path(path)
-    if path.suffix != ".png":
-        raise ValueError(f"path: figures are saved as .png, got {path.name!r}")
-    with atomic_file(path) as file:
-        fig.savefig(
-            file, format="png", dpi=150, bbox_inches="tight", facecolor="white", metadata={"Software": None}
-        )
-    return path
