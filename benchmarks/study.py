@@ -88,9 +88,6 @@ RECIPES = {
 }
 
 
-# ---------------------------------------------------------------- data
-
-
 def fold_numbers(rows, folds=FOLDS, seed=0):
     """The fold (n,) of each pair. Pairs with an equal query or an equal code share a fold: no text leaks."""
     group = list(range(len(rows)))
@@ -155,14 +152,11 @@ def training_pairs(recipe, rows, judged, data, base):
     return with_hard_negatives(rows, base, recipe.hard_negatives) if recipe.hard_negatives else rows
 
 
-# ---------------------------------------------------------------- one cell
-
-
 def train_with_library(library, base, rows, config, folder):
     """Fine-tune with a library's own trainer and its default settings; returns the backbone's weights."""
     if library == "FlagEmbedding":
-        lengths = ["--query_max_len", "512", "--passage_max_len", "512"]  # its 32 and 128 would cut the codes
-        options = [*lengths, "--seed", str(config.seed)]
+        # Its lengths of 32 and 128 would cut the codes.
+        options = f"--query_max_len 512 --passage_max_len 512 --seed {config.seed}".split()
         runner = common.flagembedding_runner(base, enc.read_pooling(base), rows, folder, options)
         runner.trainer.train()
         return runner.model.model.state_dict()
@@ -313,9 +307,6 @@ def run_cell(task):
     }
 
 
-# ---------------------------------------------------------------- driver
-
-
 def settings_of(recipe, data):
     """What a cell's weights depend on, as JSON: cells with other settings are not mixed.
 
@@ -330,7 +321,7 @@ def settings_of(recipe, data):
     return json.loads(json.dumps({key: value for key, value in own.items() if key not in unseen}))
 
 
-def measure(names, data, out, workers, precision="fp32"):
+def measure(names, data, out, precision="fp32"):
     """Run the cells that are missing, writing after each one."""
     sha = sha256_of(data)[:16]
     study = read_json(out) if out.is_file() else {"data": data.name, "data_sha256": sha, "recipes": {}}
@@ -350,10 +341,9 @@ def measure(names, data, out, workers, precision="fp32"):
         todo += [cell for cell in wanted if f"{cell[1]}-{cell[2]}" not in recipes[name]["cells"]]
     study["recipes"] = {name: recipes[name] for name in [*RECIPES, *recipes] if name in recipes}
     todo.sort(key=lambda cell: SEEDS.index(cell[1]))  # every recipe's first seed before any second one
-    print(f"{len(todo)} cells to do", flush=True)
     started, spawn = time.perf_counter(), multiprocessing.get_context("spawn")
     os.environ["OMP_NUM_THREADS"] = "1"  # for the workers
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+    with concurrent.futures.ProcessPoolExecutor(2, mp_context=spawn) as pool:
         waiting = {pool.submit(run_cell, (*cell, data, precision)): cell for cell in todo}
         for done, future in enumerate(concurrent.futures.as_completed(waiting), 1):
             name, seed, fold = waiting[future]
@@ -373,18 +363,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
     parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="RECIPE")
     parser.add_argument("--data", type=Path, help="sanitized-mbpp.json, where it is not in data/")
-    parser.add_argument("--workers", type=int, default=2, help="cells at a time")
     parser.add_argument("--out", type=Path, default=common.RESULTS / FILES[0])
     usual = training_precision(PROFILES["pocket"], "cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default=usual, help=f"here {usual}")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     args = parser.parse_args()
-    if args.report:
-        study = read_json(args.out)
-    else:
-        data = args.data or sanitized_mbpp_path(download=True)
-        study = measure(args.only, data, args.out, args.workers, args.precision)
-    report(study, args.out)
+    if not args.report:
+        measure(args.only, args.data or sanitized_mbpp_path(download=True), args.out, args.precision)
+    report(read_json(args.out), args.out)
     print(f"Table in {relative(common.README)}, figures in images/.")
 
 

@@ -13,6 +13,7 @@ import pandas as pd
 from embedding_tutorial import figures
 from embedding_tutorial import finetune as ft
 from embedding_tutorial.files import ROOT, read_json, relative, write_json
+from embedding_tutorial.reports import interval as shown
 
 FILES, FOLDS, SEEDS = ("study.json", "study_pocket.json"), 5, (42, 43, 44)
 ALPHAS = (0.5, 0.6, 0.7, 0.8)  # of the way from the base to the mean of runs
@@ -74,15 +75,8 @@ QUESTIONS = [
 # fmt: on
 
 
-def shown(interval, sign=False):
-    return "{:{s}.3f} [{:{s}.3f}, {:{s}.3f}]".format(*interval, s="+" if sign else "")
-
-
 def verdict(difference):
     return "better" if difference[1] > 0 else "worse" if difference[2] < 0 else "no difference"
-
-
-# ---------------------------------------------------------------- figures from ranks
 
 
 def long_table(study):
@@ -174,13 +168,6 @@ def picked(table, among, within=()):
     return found
 
 
-def best_epoch(table):
-    """{way: {metric: mean over seeds}} of one recipe: its epoch as `picked` picks it, and its last."""
-    ways = picked(table[table["readout"].str.startswith("epoch ")], "readout", within=["seed"])
-    ways["last epoch"] = table[table["readout"] == "last"]
-    return {way: rows[METRICS].mean().to_dict() for way, rows in ways.items()}
-
-
 def seed_noise(means):
     """How far runs of one recipe differ. means: the MRR of each (recipe, seed), a series.
 
@@ -216,7 +203,11 @@ def across_recipes(results, settings):
             if verdict(one) != verdict(all_seeds):
                 summary["seeds"]["otherwise with one"][name] = one
     for name in table[table["readout"] == "epoch 1"]["recipe"].unique():
-        summary.setdefault("best epoch", {})[name] = best_epoch(table[table["recipe"] == name])
+        own = table[table["recipe"] == name]
+        ways = picked(own[own["readout"].str.startswith("epoch ")], "readout", within=["seed"])
+        ways["last epoch"] = own[own["readout"] == "last"]
+        ways = {way: cells[METRICS].mean().to_dict() for way, cells in ways.items()}
+        summary.setdefault("best epoch", {})[name] = ways
     return summary
 
 
@@ -229,11 +220,8 @@ def default_rule(studies, margin=0.01):
         both = [results for results in studies if {place, first} <= set(results.mrr.index)]
         ahead = {results.data: results.interval(place, first) for results in both}
         stays = all(value >= margin and low > 0 for value, low, _ in ahead.values())
-        rows[label] = {"mrr - one run": ahead, "stays": stays if len(ahead) == len(FILES) else None}
+        rows[label] = {"mrr - one run": ahead, "stays": stays and (True if len(ahead) == len(FILES) else None)}
     return rows
-
-
-# ---------------------------------------------------------------- words and pictures
 
 
 def answer(results, question, path):
@@ -296,19 +284,15 @@ def report(study, out, figure_folder=ROOT / "images", readme=common.README):
     places = [f"{name} / {way}".removesuffix(" / last") for name in study["recipes"] for way in READOUTS]
     against = [place for place in AGAINST if place in results.mrr]
     rows = [results.row(place, against) for place in places if place in results.mrr]
-    asked = []
-    for question in QUESTIONS:
-        first, *others = (place in results.mrr for place in question.rows.values())
-        asked += [question] if first and any(others) else []
+    there = {q.title: [place in results.mrr for place in q.rows.values()] for q in QUESTIONS}
+    asked = [q for q in QUESTIONS if there[q.title][0] and sum(there[q.title]) > 1]
     names = {question.title: f"{out.stem}_{question.figure}.png" for question in asked}
     others = (out.with_name(name) for name in FILES if name != out.name)
     studies = [results, *(Results(read_json(file)) for file in others if file.is_file())]
-    cost = ("recipe", "readout", "weights", "minutes", "mrr")
     study["summary"] = summary = {
         "rows": rows,
         "findings": {q.title: answer(results, q, figure_folder / names[q.title]) for q in asked},
         "default rule": default_rule(studies),
-        "quality against minutes": [{name: row[name] for name in cost} for row in rows],
         **across_recipes(results, {name: entry["settings"] for name, entry in study["recipes"].items()}),
     }
     write_json(out, study)

@@ -1,23 +1,19 @@
-"""Training: this project's and its peers' time and memory on the same batches. Draws notebook 01's figure.
+"""Training: this project's and its peers' time and memory on the same batches.
 
-    python benchmarks/training.py                      # the pocket pairs; goes on where it was interrupted
-    python benchmarks/training.py --data FILE          # sanitized MBPP, to training_mbpp.json
-    python benchmarks/training.py --equality           # only: are the gradients the ones of the plain loop?
+    python benchmarks/training.py                  # the pocket pairs; goes on where it was interrupted
+    python benchmarks/training.py --data FILE      # sanitized MBPP, to training_mbpp.json
 
 Every contender runs in a process of its own, so that its peak memory is its own, and the contenders take
 turns, so that a slow minute of the machine hits all of them. Each does one update to warm up and then the
 updates of one epoch (`--steps` of them). What is timed is the whole update: tokenising (but for ours, which
 tokenises once before training), forward, loss, backward, clipping, AdamW. Medians over `--repeats` rounds.
 The ways to more negatives differ by a few per cent, too little for that: they take turns within one process
-until their order is settled (at most `--rounds` rounds). training_cuda.py measures BGE-M3's size on a GPU.
+until their order is settled. training_cuda.py measures BGE-M3's size on a GPU.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
 import sys
 import tempfile
 import time
@@ -34,15 +30,11 @@ from embedding_tutorial import figures
 from embedding_tutorial import training as engine
 from embedding_tutorial.assets import pocket_model_path
 from embedding_tutorial.encoder import Encoder, read_pooling
-from embedding_tutorial.files import ROOT, read_json, relative, sha256_of, write_json
+from embedding_tutorial.files import ROOT, read_json, write_json
 from embedding_tutorial.finetune import batch_of, updates_per_epoch
 from embedding_tutorial.profiles import PROFILES, training_precision
 
 PACKAGES = ("torch", "transformers", "sentence-transformers", "FlagEmbedding", "accelerate")
-DEFAULTS = {"steps": 5, "repeats": 3, "rounds": 12, "batch_size": RECIPE.batch_size}
-HELP = ("updates measured, of the first epoch", "rounds over all contenders",
-        "at most so many rounds over the ways to more negatives", "pairs in an update")  # fmt: skip
-QUIET = 1.25  # largest ratio of a contender's rounds that still counts as one and the same measurement
 
 
 class Job(NamedTuple):
@@ -87,14 +79,14 @@ METHODS = [
 ]
 RANKED = [job.id for job in METHODS if "batch_size" not in job.options]  # as many pairs each: comparable
 METHOD_UPDATES = 2  # in a round, full batches only: a rest of 21 pairs says nothing about the method
-LEAST_ROUNDS = 5  # fewer have no quartiles to speak of
+LEAST_ROUNDS, MOST_ROUNDS = 5, 12  # fewer have no quartiles to speak of
 COST = "time per pair, times the whole batch"
 
 
 class Recorder:
     """Collects seconds, losses and tokens of each update while a contender trains."""
 
-    NAMES = ("seconds", "cpu_seconds", "pairs", "padded_tokens", "real_tokens", "loss")
+    NAMES = ("seconds", "pairs", "padded_tokens", "real_tokens", "loss")
 
     def __init__(self):
         self.updates, self.padded, self.real = [], 0, 0
@@ -116,11 +108,11 @@ class Recorder:
         transformer.forward = counting
 
     def start(self):
-        self.clock, self.cpu_clock, self.padded, self.real = time.perf_counter(), time.process_time(), 0, 0
+        self.clock, self.padded, self.real = time.perf_counter(), 0, 0
 
     def update_done(self, loss, pairs):
-        times = time.perf_counter() - self.clock, time.process_time() - self.cpu_clock
-        self.updates.append(dict(zip(self.NAMES, (*times, pairs, self.padded, self.real, loss), strict=True)))
+        values = time.perf_counter() - self.clock, pairs, self.padded, self.real, loss
+        self.updates.append(dict(zip(self.NAMES, values, strict=True)))
         self.start()
 
     def result(self, warmup):
@@ -233,8 +225,8 @@ def flagembedding(work, recorder, extra=()):
         runner.trainer.train()
 
 
-def start_ours(model, pairs, config):
-    run = engine.start_run(model, lambda encoder: engine.tokenize_pairs(encoder, pairs), config, "cpu")
+def start_ours(model, pairs, config, device="cpu"):
+    run = engine.start_run(model, lambda encoder: engine.tokenize_pairs(encoder, pairs), config, device)
     run.encoder.train()
     return run
 
@@ -266,7 +258,7 @@ def time_methods(args):
         work = open_work(args, job)
         runs.append((job.id, ours(work, Recorder(), **job.options), work.updates[work.warmup :]))
     seconds, orders = {job.id: [] for job in METHODS}, [None]
-    while (done := len(orders) - 1) < args.rounds and (done < LEAST_ROUNDS or orders[-1] != orders[-2]):
+    while (done := len(orders) - 1) < MOST_ROUNDS and (done < LEAST_ROUNDS or orders[-1] != orders[-2]):
         first = done % len(runs)
         for name, run, updates in runs[first:] + runs[:first]:
             begin = time.perf_counter()
@@ -275,9 +267,6 @@ def time_methods(args):
             seconds[name].append((time.perf_counter() - begin) / len(updates))
         orders.append(sorted(RANKED, key=lambda name: median(seconds[name])))
     return {"seconds": seconds, "order": orders[-1], "settled": orders[-1] == orders[-2]}
-
-
-# ---------------------------------------------------------------- equality
 
 
 def gradient_of(module):
@@ -330,123 +319,91 @@ def equality(model, pairs, pairs_in_batch):
     return {"small random model, float64": small, "the model, fp32": real}
 
 
-# ---------------------------------------------------------------- the driver
-
-
 JOBS = {job.id: job for job in [*CONTENDERS, *METHODS]}
 
 
 def run_job(args, job_id):
     """What a fresh process measures for a job."""
-    options = [(f"--{name.replace('_', '-')}", getattr(args, name)) for name in ("data", "model", *DEFAULTS)]
-    return common.run_worker(__file__, ["--worker", job_id, *(word for pair in options for word in pair)])
+    words = ["--worker", job_id, "--data", args.data, "--model", args.model]
+    return common.run_worker(__file__, [*words, "--steps", args.steps, "--batch-size", args.batch_size])
 
 
 def measure(args):
     """Run what is missing, writing after every process; returns the finished result."""
+    pairs = len(common.train_pairs(args.data))
+    per_epoch = updates_per_epoch(pairs, dataclasses.replace(RECIPE, batch_size=args.batch_size))
+    settings = {
+        "data": "the pocket pairs" if args.data == common.POCKET_PAIRS else args.data.name,
+        "model": "all-MiniLM-L6-v2" if args.model == pocket_model_path() else args.model.name,
+        "pairs": pairs,
+        "batch_size": args.batch_size,
+        "threads": torch.get_num_threads(),
+        "seconds": f"of {min(args.steps, per_epoch)} of an epoch's {per_epoch} updates, scaled by pairs",
+        "repeats": args.repeats,
+    }
     partial = args.out.with_name(args.out.name + ".tmp")  # which git ignores
-    settings, runs = settings_of(args), {}
-    if partial.is_file():
-        old = read_json(partial)
-        same = old["settings"] == settings
-        runs = old["runs"] if same else {}
-        print(f"{relative(partial)}: {'going on' if same else 'of other settings or code, starting afresh'}.")
+    old = read_json(partial) if partial.is_file() else {}
+    runs = old["runs"] if old.get("settings") == settings else {}
 
     def run(job_id, number=0):
         done = runs.setdefault(job_id, [])
-        if len(done) == number and (not args.only or job_id in args.only):
+        if len(done) == number:
             done.append(run_job(args, job_id))
             write_json(partial, {"settings": settings, "runs": runs})
-            keys = ("seconds", "peak_gb") if job_id in JOBS else ()
-            found = "".join(f"{key:>10} {done[-1][key]:6.2f}" for key in keys)
-            print(f"round {number + 1}  {job_id:<24}{found}", flush=True)
+            print(f"round {number + 1}  {job_id}", flush=True)
+        return done[number]
 
-    run("equality")
+    equal, jobs = run("equality"), CONTENDERS
     for number in range(args.repeats):
-        for job in CONTENDERS:
-            if number == 0 or job not in CACHED or job == best_cached(runs):
-                run(job.id, number)
-    for job_id in [*(job.id for job in METHODS), "methods"]:  # each alone for its memory, then their times
-        run(job_id)
-    chosen = [job for job in CONTENDERS if job not in CACHED or job == best_cached(runs)]
-    contenders = [row_of(job, runs[job.id], settings["pairs"]) for job in chosen]
-    timed, equal = (runs[name][0] if runs[name] else {} for name in ("methods", "equality"))
+        for job in jobs:
+            run(job.id, number)
+        best = min(CACHED, key=lambda job: runs[job.id][0]["seconds"])
+        jobs = [job for job in CONTENDERS if job not in CACHED or job == best]
+    alone = [run(job.id) for job in METHODS]  # each in a process of its own for its memory, then their times
+    timed = run("methods")
+    words = [f"…/{Path(word).name}" if Path(word).is_absolute() else word for word in sys.argv[1:]]
     result = {
         "machine": common.machine(PACKAGES),
-        "command": command(),
+        "command": " ".join(["python benchmarks/training.py", *words]),
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "settings": {**settings, "repeats": args.repeats},
-        "contenders": contenders,
-        "methods": [method_row(job, timed.get("seconds"), runs[job.id], settings) for job in METHODS],
+        "settings": settings,
+        "contenders": rows_of(jobs, runs, pairs),
+        "methods": [
+            method_row(job, timed["seconds"], one, settings) for job, one in zip(METHODS, alone, strict=True)
+        ],
         "method rounds": timed,
-        "ratios": ratios(contenders),
         "equality": equal,
     }
     write_json(args.out, result)
-    partial.unlink(missing_ok=True)
+    partial.unlink()
     return result
 
 
-def settings_of(args):
-    pairs = len(common.train_pairs(args.data))
-    per_epoch = updates_per_epoch(pairs, dataclasses.replace(RECIPE, batch_size=args.batch_size))
-    files = sorted([*ROOT.glob("embedding_tutorial/*.py"), Path(__file__), Path(common.__file__)])
-    return {
-        "data": "the pocket pairs" if args.data == common.POCKET_PAIRS else args.data.name,
-        "model": "all-MiniLM-L6-v2" if args.model == pocket_model_path() else args.model.name,
-        **{"pairs": pairs, "batch_size": args.batch_size, "threads": torch.get_num_threads()},
-        "seconds": f"of {min(args.steps, per_epoch)} of an epoch's {per_epoch} updates, scaled by pairs",
-        "code": hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest()[:12],
-    }
+def rows_of(jobs, runs, pairs):
+    """{id: row} of the contenders: medians over the rounds of an epoch's seconds and of the GB (1e9 bytes).
 
-
-def command():
-    """The command as it was typed, without this machine's paths."""
-    words = [f"…/{Path(word).name}" if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    return " ".join(["python benchmarks/training.py", *words])
-
-
-def best_cached(runs):
-    """The setting with the smallest first measurement: later rounds do not change the choice."""
-    measured = [job for job in CACHED if runs.get(job.id)]
-    return min(measured, key=lambda job: seconds_of(runs[job.id][0], 1), default=CACHED[0])
-
-
-def seconds_of(result, pairs, clock="seconds"):
-    """Seconds for `pairs` pairs, from the updates measured: exact for a whole epoch, else scaled by pairs."""
-    return result[clock] * pairs / result["pairs"]
-
-
-def row_of(job, results, pairs):
-    """Medians over the rounds, None where nothing was measured: seconds per epoch, GB of 1e9 bytes."""
-    values = {
-        key: [seconds_of(result, pairs, key) for result in results] for key in ("seconds", "cpu_seconds")
-    }
-    for key, name in (("memory_gb", "peak_gb"), ("padded_tokens",) * 2, ("real_tokens",) * 2):
-        values[key] = [result[name] for result in results]
-    precision = job.options.get("precision", "fp32")
-    return {
-        **{"id": job.id, "name": f"{job.name}, dropout {job.dropout}, {precision}", "contender": job.name},
-        **{"dropout": job.dropout, "precision": precision, "ours": job.runner == "ours"},
-        **{key: round(median(found), 3) if found else None for key, found in values.items()},
-        "repeats": [round(value, 3) for value in values["seconds"]],
-    }
-
-
-def ratios(contenders):
-    """{"our default": id of the row that trains here by default, "like for like": {peer's id: {"ours": id of
-    our row with its dropout and precision, and how many times its time, CPU time and memory}}, "spread": the
-    largest slowest round over fastest round of one contender, near 1 on a quiet machine}."""
-    by_id, table = {row["id"]: row for row in contenders}, {}
-    for row in contenders:
-        own = by_id[LIKE[row["dropout"]]]
-        if not row["ours"] and row["seconds"] and own["seconds"]:
-            times = {key: round(row[key] / own[key], 2) for key in ("seconds", "cpu_seconds", "memory_gb")}
-            table[row["id"]] = {"ours": own["id"], **times}
-    bf16 = training_precision(PROFILES["pocket"], "cpu") == "bf16"
-    spreads = [max(row["repeats"]) / min(row["repeats"]) for row in contenders if row["repeats"]]
-    default = "ours-bf16" if bf16 else "ours"
-    return {"our default": default, "like for like": table, "spread": round(max(spreads, default=1), 2)}
+    A peer's "times ours" is its time over that of our row with its dropout and precision.
+    """
+    rows = {}
+    for job in jobs:
+        first, precision = runs[job.id][0], job.options.get("precision", "fp32")
+        seconds = [round(one["seconds"] * pairs / one["pairs"], 3) for one in runs[job.id]]
+        rows[job.id] = {
+            "name": f"{job.name}, dropout {job.dropout}, {precision}",
+            "contender": job.name,
+            "dropout": job.dropout,
+            "precision": precision,
+            "ours": job.runner == "ours",
+            "seconds": round(median(seconds), 3),
+            "memory_gb": round(median(one["peak_gb"] for one in runs[job.id]), 3),
+            "padded_tokens": first["padded_tokens"],
+            "real_tokens": first["real_tokens"],
+            "repeats": seconds,
+        }
+    for row in rows.values():
+        if not row["ours"]:
+            row["times ours"] = round(row["seconds"] / rows[LIKE[row["dropout"]]]["seconds"], 2)
+    return rows
 
 
 def method_row(job, timed, alone, settings):
@@ -454,87 +411,57 @@ def method_row(job, timed, alone, settings):
     size = job.options.get("batch_size", settings["batch_size"]) or settings["pairs"]
     negatives = min(job.options.get("micro_batch", size), size) - 1 + job.options.get("queue", 0)
     row = {"method": job.name, "pairs per update": size, "negatives per query": negatives}
-    if timed:
-        own, whole = timed[job.id], timed["method-whole"]
-        cost = [a / size / (b / settings["batch_size"]) for a, b in zip(own, whole, strict=True)]
-        for name, values in (("seconds per update", own), (COST, cost)):
-            low, middle, high = quantiles(values, n=4, method="inclusive")
-            row |= {name: middle, f"{name}, 25–75 %": f"{low:.2f}–{high:.2f}"}
-    return row | {"peak memory GB": alone[0]["peak_gb"] if alone else None}
+    own, whole = timed[job.id], timed["method-whole"]
+    cost = [a / size / (b / settings["batch_size"]) for a, b in zip(own, whole, strict=True)]
+    for name, values in (("seconds per update", own), (COST, cost)):
+        low, middle, high = quantiles(values, n=4, method="inclusive")
+        row |= {name: round(middle, 2), f"{name}, 25–75 %": f"{low:.2f}–{high:.2f}"}
+    return row | {"peak memory GB": round(alone["peak_gb"], 2)}
 
 
-# ---------------------------------------------------------------- what a reader sees
-
-
-def words_of(result):
-    """(title of the figure, sentence under the table, sentence above the methods), "" without figures."""
-    rows, table = {row["id"]: row for row in result["contenders"]}, result["ratios"]["like for like"]
-    title = like = timed = ""
-
-    def against(peer):
-        pair = rows[peer], rows[table[peer]["ours"]]
-        theirs, mine = (f"{row['seconds']:.1f} s and {row['memory_gb']:.1f} GB" for row in pair)
-        return f"{theirs} against {mine} of ours, {table[peer]['seconds']:.1f} times the time"
-
-    if {"predecessor", "predecessor-dropout-0"} <= table.keys():
-        here, there = rows["ours"]["seconds"], rows["predecessor-dropout-0"]["seconds"]
-        default = rows[result["ratios"]["our default"]]
-        title = f"Without dropout, in fp32: {here:.1f} s an epoch here, {there:.1f} s in the original loop"
-        like = f"""**Like for like, in fp32.** The predecessor's loop, both without dropout:
-{against("predecessor-dropout-0")}; both with dropout 0.1: {against("predecessor")}.
-What trains here by default is “{default["name"]}”, {shown(default["seconds"])} s: beside a row of other
-dropout or precision, this measures a recipe and not only code."""
-    if result["method rounds"]:
-        order, settled, seconds = (result["method rounds"][key] for key in ("order", "settled", "seconds"))
-        cost = next(row for row in result["methods"] if row["method"] == "GradCache")
-        timed = f"""{len(seconds["method-whole"])} rounds within one process, fastest
-median first: {" < ".join(JOBS[name].name for name in order)}. In the last two rounds this order was
-{"the same" if settled else "NOT the same"}; neighbours whose 25–75 % ranges overlap are not told apart.
-GradCache takes {cost[COST]:.2f} ({cost[f"{COST}, 25–75 %"]}) times the whole batch's time."""
-    return title, like, timed
-
-
-def readme_text(result, figure):
-    """The Markdown between README's markers; figure: path of the PNG, from this README."""
-    settings, table, rows = result["settings"], result["ratios"]["like for like"], []
-    title, like, timed = words_of(result)
-    for row in result["contenders"]:
+def readme_text(result, title, figure):
+    """The Markdown between README's markers, and in it the figure: its title and path."""
+    settings, rows, timed = (result[key] for key in ("settings", "contenders", "method rounds"))
+    first, second = (rows[name]["times ours"] for name in ("predecessor-dropout-0", "predecessor"))
+    default = rows["ours-bf16" if training_precision(PROFILES["pocket"], "cpu") == "bf16" else "ours"]
+    spread = max(max(row["repeats"]) / min(row["repeats"]) for row in rows.values())
+    table = []
+    for row in rows.values():
         name = f"**{row['contender']}**" if row["ours"] else row["contender"]
-        times = shown(table.get(row["id"], {}).get("seconds"), 2) if not row["ours"] else ""
+        times = "" if row["ours"] else shown(row["times ours"], 2)
         tokens = [shown(row[key], 0) for key in ("padded_tokens", "real_tokens")]
         cells = [shown(row["seconds"]), times, shown(row["memory_gb"], 2), *tokens]
-        rows.append([name, row["dropout"], row["precision"], *cells])
+        table.append([name, row["dropout"], row["precision"], *cells])
     time = f"s per epoch of {settings['pairs']} pairs"
     header = ["", "dropout", "precision", time, "times ours with the same two", "peak memory, GB"]
-    warning, spread = "", result["ratios"]["spread"]
-    if spread > QUIET:
-        cpu = ", ".join(f"{name} {row['cpu_seconds']:.2f}" for name, row in table.items())
-        warning = f"""
-**Measured on a busy machine**: one contender's slowest round took {spread:.1f} times its fastest, so the
-times are no comparison. In CPU seconds, times ours with the same dropout and precision: {cpu}.
-"""
-    cell = lambda value: value if isinstance(value, (str, int)) else shown(value, 2)  # noqa: E731
-    methods = [map(cell, row.values()) for row in result["methods"]]
-    blocks = result["equality"].items()
-    equal = [[title, way, *(f"{by[key]:.1e}" for key in ("loss", "gradient"))]
-             for title, block in blocks for way, by in block["ways"].items()]  # fmt: skip
+    cost = next(row for row in result["methods"] if row["method"] == "GradCache")
+    equal = [[model, way, *(f"{by[key]:.1e}" for key in ("loss", "gradient"))]
+             for model, block in result["equality"].items() for way, by in block["ways"].items()]  # fmt: skip
     return f"""## Training, {settings["data"]}
 
 `{result["command"]}` ({result["date"]}): {settings["model"]}, {settings["data"]},
 batch {settings["batch_size"]}, {settings["threads"]} threads. Seconds: {settings["seconds"]};
-medians of {settings["repeats"]} interleaved rounds.
+medians of {settings["repeats"]} interleaved rounds, whose slowest took at most {spread:.2f} times the fastest
+of the same contender.
 Every figure comes from a fresh process, whose peak memory includes Python and the libraries.
 Machine: {result["machine"]["summary"]}.
-{warning}
-{common.markdown_table([*header, "tokens computed", "real tokens"], rows)}
 
-{like}
+{common.markdown_table([*header, "tokens computed", "real tokens"], table)}
+
+**Like for like, in fp32**, the predecessor's loop takes {first:.1f} times our time, both without dropout,
+and {second:.1f} times, both with dropout 0.1. What trains here by default is “{default["name"]}”,
+{shown(default["seconds"])} s: beside a row of other dropout or precision, this measures a recipe and not only
+code.
 
 ![{title}]({figure})
 
-Ways to more negatives, all ours, without dropout, in fp32. {timed}
+Ways to more negatives, all ours, without dropout, in fp32. {len(timed["seconds"]["method-whole"])} rounds
+within one process, fastest median first: {" < ".join(JOBS[name].name for name in timed["order"])}.
+In the last two rounds this order was {"the same" if timed["settled"] else "NOT the same"}; neighbours whose
+25–75 % ranges overlap are not told apart. GradCache takes {cost[COST]:.2f} ({cost[f"{COST}, 25–75 %"]}) times
+the whole batch's time.
 
-{common.markdown_table(list(result["methods"][0]), methods)}
+{common.markdown_table(list(cost), [row.values() for row in result["methods"]])}
 
 Relative differences from the padded loop in float64 (accumulated halves: from the same halves):
 
@@ -548,32 +475,27 @@ def main():
     add = parser.add_argument
     add("--data", type=Path, default=common.POCKET_PAIRS, help="pairs in MBPP's format")
     add("--model", type=Path, default=pocket_model_path(), help="its folder; default: the pocket model")
-    for name, what in zip(DEFAULTS, HELP, strict=True):
-        add(f"--{name.replace('_', '-')}", type=int, default=DEFAULTS[name], help=what)
+    add("--steps", type=int, default=5, help="updates measured, of the first epoch")
+    add("--repeats", type=int, default=3, help="rounds over all contenders")
+    add("--batch-size", type=int, default=RECIPE.batch_size, help="pairs in an update")
     add("--out", type=Path, help="where the JSON goes")
-    add("--only", nargs="+", metavar="ID", help="only these jobs: ids, and the words equality and methods")
-    add("--no-readme", action="store_true", help="leave benchmarks/README.md and the figure as they are")
-    add("--equality", action="store_true", help="only compare gradients and print the differences")
     add("--worker", metavar="ID", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.data = args.data.resolve()
     if args.worker:
         write_json(args.out, worker(args))
-    elif args.equality:
-        print(json.dumps(run_job(args, "equality"), indent=1))
-    else:
-        pocket = args.data == common.POCKET_PAIRS
-        args.out = args.out or common.RESULTS / f"training{'' if pocket else '_mbpp'}.json"
-        result = measure(args)
-        figure = f"images/training_benchmark{'_pocket' if pocket else ''}.png"
-        text = readme_text(result, f"../{figure}")
-        print(text)
-        if not args.no_readme:
-            common.put_into_readme("training" if pocket else "training-mbpp", text)
-            label = f"seconds per epoch of {result['settings']['pairs']} pairs"
-            title = words_of(result)[0] or "Time and memory of an epoch"
-            source = f"{result['command']}, {result['date']}; {result['machine']['cpu']}"
-            figures.time_and_memory(result["contenders"], title, ROOT / figure, label, source)
+        return
+    args.data = args.data.resolve()
+    pocket = args.data == common.POCKET_PAIRS
+    args.out = args.out or common.RESULTS / f"training{'' if pocket else '_mbpp'}.json"
+    result = measure(args)
+    rows, figure = result["contenders"], f"images/training_benchmark{'_pocket' if pocket else ''}.png"
+    here, there = rows["ours"]["seconds"], rows["predecessor-dropout-0"]["seconds"]
+    title = f"Without dropout, in fp32: {here:.1f} s an epoch here, {there:.1f} s in the original loop"
+    text = readme_text(result, title, f"../{figure}")
+    common.put_into_readme("training" if pocket else "training-mbpp", text)
+    label = f"seconds per epoch of {result['settings']['pairs']} pairs"
+    source = f"{result['command']}, {result['date']}; {result['machine']['cpu']}"
+    figures.time_and_memory(list(rows.values()), title, ROOT / figure, label, source)
 
 
 def worker(args):
@@ -589,5 +511,4 @@ def worker(args):
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):  # what is measured is on disk
-        main()
+    main()

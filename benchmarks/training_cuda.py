@@ -17,15 +17,14 @@ from statistics import median
 
 import common
 import torch
+from training import start_ours
 
 from embedding_tutorial import training as engine
 from embedding_tutorial.encoder import autocast
 from embedding_tutorial.files import TutorialError, write_json
 from embedding_tutorial.finetune import batch_of, updates_per_epoch
 
-OUT = common.RESULTS / "training_cuda.json"
 WAYS = {"padded": {}, "whole": {}, "gradcache": {"backward": "gradcache"}}
-TOKEN_BUDGET = 4096
 
 
 def padded_gradients(run, batch):
@@ -40,9 +39,7 @@ def padded_gradients(run, batch):
 
 def timed_updates(args, way, device, pairs, config):
     """Run the updates of one way: (run, seconds of each, row lengths of each), the warm-up left out."""
-    data_of = lambda encoder: engine.tokenize_pairs(encoder, pairs)  # noqa: E731
-    run = engine.start_run(args.model, data_of, config, device)
-    run.encoder.train()
+    run = start_ours(args.model, pairs, config, device)
     if way == "padded":  # same weights, precision, optimizer and no dropout: only the padding differs
         run.encoder.backbone.set_attn_implementation("sdpa")
         engine.compute_gradients = padded_gradients
@@ -64,7 +61,7 @@ def worker(args):
     device, shape = ("cpu", common.SMOKE_SHAPE) if args.smoke else ("cuda", common.BGE_M3_SHAPE)
     pairs = common.train_pairs(args.data)
     size = min(int(size), len(pairs))
-    recipe = {"batch_size": size, "precision": precision, "token_budget": TOKEN_BUDGET, **WAYS[way]}
+    recipe = {"batch_size": size, "precision": precision, "token_budget": 4096, **WAYS[way]}
     config = dataclasses.replace(common.RECIPE, learning_rate=2e-5, **recipe)
     row = {"way": way, "precision": precision, "pairs per update": size, "limit GB": args.limit_gb}
     if args.limit_gb and device == "cuda":  # imitates a smaller card
@@ -88,9 +85,6 @@ def worker(args):
     return row | {
         "tokens computed": padded if way == "padded" else real,
         "real tokens": real,
-        "token budget at the end": run.token_budget,
-        "model TFLOP/s": rate / 1e12,
-        "ceiling TFLOP/s": ceiling / 1e12,
         "utilisation": rate / ceiling,
     }
 
@@ -102,12 +96,11 @@ def measure(args):
         shape, device, precisions, sizes = common.SMOKE_SHAPE, "cpu", ["bf16"], (8, 16)
     jobs = [(way, kind, size, None) for size in sizes for kind in precisions for way in WAYS]
     jobs.append(("gradcache", precisions[-1], sizes[-1], 16))
-    settings = {"shape": shape, "weights": "random", "data": args.data.name, "dropout": 0}
     result = {
         "machine": common.machine(("torch", "transformers"), device),
         "command": f"python benchmarks/training_cuda.py{' --smoke' if args.smoke else ''}",
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "settings": {**settings, "steps": args.steps, "token_budget": TOKEN_BUDGET},
+        "data": args.data.name,
         "rows": [],
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -131,7 +124,7 @@ def readme_text(result):
     ]
     return f"""## Training at BGE-M3's size on a GPU
 
-`{result["command"]}` ({result["date"]}): random weights, no dropout, texts of {result["settings"]["data"]}.
+`{result["command"]}` ({result["date"]}): random weights, no dropout, texts of {result["data"]}.
 Machine: {result["machine"]["summary"]}.
 Utilisation: the model's FLOP on real tokens over a measured matrix product of 8192 at the same precision.
 
@@ -146,8 +139,7 @@ def main():
     add("--smoke", action="store_true", help="a tiny model on the CPU; nothing goes into the README")
     add("--data", type=Path, default=common.POCKET_PAIRS, help="pairs in MBPP's format")
     add("--steps", type=int, default=5, help="updates measured")
-    add("--out", type=Path, default=OUT, help="where the JSON goes")
-    add("--no-readme", action="store_true", help="leave benchmarks/README.md as it is")
+    add("--out", type=Path, default=common.RESULTS / "training_cuda.json", help="where the JSON goes")
     add("--worker", help=argparse.SUPPRESS)
     add("--model", type=Path, help=argparse.SUPPRESS)
     add("--limit-gb", type=float, help=argparse.SUPPRESS)
@@ -158,7 +150,7 @@ def main():
     if not args.smoke and not torch.cuda.is_available():
         raise SystemExit("torch.cuda.is_available() is False: this needs a GPU, or --smoke.")
     result = measure(args)
-    if not (args.smoke or args.no_readme):
+    if not args.smoke:
         common.put_into_readme("training-cuda", readme_text(result))
 
 

@@ -3,12 +3,12 @@
 # %% auto #0
 __all__ = ['split_pairs', 'rank_of_positive', 'recall_at_1', 'mrr', 'evaluate', 'info_nce', 'in_batch_accuracy',
            'updates_per_epoch', 'lr_share', 'learning_rate', 'batch_of', 'backward_whole', 'backward_gradcache',
-           'PassageQueue', 'duplicate_mask', 'TrainConfig', 'mix', 'bootstrap_interval', 'sign_flip_test']
+           'duplicate_mask', 'TrainConfig', 'mix', 'bootstrap_interval', 'sign_flip_test']
 
 # %% ../01-train_embedding_with_validation.ipynb #n01-001
 import math
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -108,7 +108,7 @@ def batch_of(update, pairs, config):
     random.Random(f"{config.seed}-{epoch}").shuffle(order)
     return order[position * config.batch_size:(position + 1) * config.batch_size]
 
-# %% ../01-train_embedding_with_validation.ipynb #n01-054
+# %% ../01-train_embedding_with_validation.ipynb #n01-056
 def backward_whole(encoder, rows, loss_of, token_budget, precision="fp32"):
     """Embed token rows in one graph, go backward once; loss_of: vectors (n, dims) → loss.
 
@@ -119,7 +119,7 @@ def backward_whole(encoder, rows, loss_of, token_budget, precision="fp32"):
     loss_of(vectors).backward()
     return vectors.detach()
 
-# %% ../01-train_embedding_with_validation.ipynb #n01-058
+# %% ../01-train_embedding_with_validation.ipynb #n01-060
 def backward_gradcache(encoder, rows, loss_of, token_budget, precision="fp32"):
     """GradCache (arXiv 2101.06983): `backward_whole` with the graph of one group at a time."""
     groups = group_by_length([len(row) for row in rows], token_budget)
@@ -137,23 +137,7 @@ def backward_gradcache(encoder, rows, loss_of, token_budget, precision="fp32"):
         again.backward(vectors.grad[group])
     return vectors.detach()
 
-# %% ../01-train_embedding_with_validation.ipynb #n01-061
-@dataclass
-class PassageQueue:
-    """The last `size` passage vectors (after MoCo, arXiv 1911.05722, without a second encoder)."""
-    size: int
-    vectors: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    passage_ids: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
-    owner_ids: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
-
-    def push(self, vectors, passage_ids, owner_ids):
-        """Add n vectors (n, dims) with the numbers of their texts; the oldest beyond `size` go."""
-        old = self.vectors if len(self.vectors) else vectors[:0].cpu()
-        self.vectors = torch.cat([old, vectors.cpu()])[-self.size:]
-        self.passage_ids = torch.cat([self.passage_ids, torch.tensor(passage_ids)])[-self.size:]
-        self.owner_ids = torch.cat([self.owner_ids, torch.tensor(owner_ids)])[-self.size:]
-
-# %% ../01-train_embedding_with_validation.ipynb #n01-065
+# %% ../01-train_embedding_with_validation.ipynb #n01-063
 def duplicate_mask(query_ids, passage_ids, owner_ids):
     """Cells of the similarity matrix that are right answers although not on the diagonal.
 
@@ -168,7 +152,7 @@ def duplicate_mask(query_ids, passage_ids, owner_ids):
     same[torch.arange(n), torch.arange(n)] = False
     return same
 
-# %% ../01-train_embedding_with_validation.ipynb #n01-070
+# %% ../01-train_embedding_with_validation.ipynb #n01-068
 @dataclass(frozen=True)
 class TrainConfig:
     """The recipe; the table below gives the reason for each value."""
@@ -193,7 +177,7 @@ class TrainConfig:
     max_bad_updates: int = 10        # non-finite updates in a row before the run stops
     seed: int = 42
 
-# %% ../01-train_embedding_with_validation.ipynb #n01-079
+# %% ../01-train_embedding_with_validation.ipynb #n01-077
 def mix(states, shares):
     """The weighted sum of state dicts of one architecture, in fp32; else ValueError."""
     shapes = [{name: w.shape for name, w in state.items()} for state in states]
@@ -205,7 +189,7 @@ def mix(states, shares):
         mixed[name] = sum(parts) if first.is_floating_point() else first
     return mixed
 
-# %% ../01-train_embedding_with_validation.ipynb #n01-087
+# %% ../01-train_embedding_with_validation.ipynb #n01-085
 def bootstrap_interval(values, draws=10_000, seed=0):
     """(mean, low, high): the mean of per-query values (n,) and its 95 % percentile interval."""
     values = np.asarray(values, dtype=float)

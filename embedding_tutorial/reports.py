@@ -37,6 +37,13 @@ def interval(triple, sign=False):
     return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]" if sign else f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
+def score_table(results):
+    """Recall@1 and MRR of several evaluations. results: {label: what `evaluate` returns}."""
+    columns = {"Recall@1": "recall@1", "MRR": "mrr"}
+    rows = {name: {label: r[key] for label, key in columns.items()} for name, r in results.items()}
+    return pd.DataFrame.from_dict(rows, orient="index").style.format(precision=3)
+
+
 def changed_queries(pairs, before, after, count=3):
     """Text: the queries whose reciprocal rank moved most, and what was found first before and after."""
     gain = 1 / after["ranks"] - 1 / before["ranks"]

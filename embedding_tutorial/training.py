@@ -28,7 +28,6 @@ from .files import (
     write_json,
 )
 from .finetune import (
-    PassageQueue,
     TrainConfig,
     backward_gradcache,
     backward_whole,
@@ -110,6 +109,23 @@ def batch_loss(vectors, data, batch, config, queue=None):
     if config.symmetric:
         loss = (loss + info_nce(p[:n], q, config.temperature, None if mask is None else mask[:, :n].T)) / 2
     return loss, in_batch_accuracy(q.detach(), p.detach(), mask)
+
+
+@dataclass
+class PassageQueue:
+    """The last `size` passage vectors (after MoCo, arXiv 1911.05722, without a second encoder)."""
+
+    size: int
+    vectors: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    passage_ids: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    owner_ids: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+
+    def push(self, vectors, passage_ids, owner_ids):
+        """Add n vectors (n, dims) with the numbers of their texts; the oldest beyond `size` go."""
+        old = self.vectors if len(self.vectors) else vectors[:0].cpu()
+        self.vectors = torch.cat([old, vectors.cpu()])[-self.size :]
+        self.passage_ids = torch.cat([self.passage_ids, torch.tensor(passage_ids)])[-self.size :]
+        self.owner_ids = torch.cat([self.owner_ids, torch.tensor(owner_ids)])[-self.size :]
 
 
 @dataclass

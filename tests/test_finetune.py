@@ -23,8 +23,9 @@ from embedding_tutorial.encoder import (
     save_model,
     vectors_elsewhere,
 )
-from embedding_tutorial.finetune import PassageQueue, TrainConfig
+from embedding_tutorial.finetune import TrainConfig
 from embedding_tutorial.pairs import read_mbpp
+from embedding_tutorial.training import PassageQueue
 
 
 def sklearn_mrr(similarity, positive):

@@ -71,8 +71,7 @@ def temperature_bars(scores, taus, title, path=None, source=None) -> Figure:
     shares = {f"τ = {tau:g}": np.exp((scores - scores.max()) / tau) for tau in taus}
     shares = {name: share / share.sum() for name, share in shares.items()}
     fig, [[ax]] = st.figure(9, 4)
-    turn = 90 if len(scores) * len(taus) > 16 else 0
-    st.grouped_bars(ax, shares, st.looks(shares), st.number, fontsize=8.5, rotation=turn)
+    st.grouped_bars(ax, shares, st.looks(shares), st.number, fontsize=8.5)
     ax.set_xticks(range(len(scores)), [f"{score:g}" for score in scores])
     ax.set(xlabel="passage, named by its cosine similarity to the query", ymargin=0.2)
     ax.set_ylabel("softmax(score / τ), probability")

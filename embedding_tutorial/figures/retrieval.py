@@ -30,32 +30,25 @@ def worked_ndcg(grades, ideal, title, path=None, source=None) -> Figure:
     return st.finish(fig, title, path, source)
 
 
-def _metric_panels(tables, differences, title, path, source) -> Figure:
+def _panels(tables, looks, signed, ylabel, title, path, source) -> Figure:
     """One panel of grouped bars per metric on one y axis, and a cell for the legend."""
-    looks, (first, *others), panels = st.looks(tables), tables, {}
-    for metric in tables[first]:
-        bars = {name: np.array(list(tables[name][metric].values())) for name in tables}
-        less = {f"{name} − {first}": bars[name] - bars[first] for name in others}
-        panels[metric] = less if differences else bars
-    rows = math.ceil((len(panels) + 1) / 3)
+    first = next(iter(tables.values()))
+    rows = math.ceil((len(first) + 1) / 3)
     fig, axes = st.figure(10.5, 0.7 + 2.6 * rows, rows, 3, sharey=True)
-    for ax, (metric, bars) in zip(axes.flat, panels.items(), strict=False):
-        show = functools.partial(st.number, signed=differences)
-        st.grouped_bars(ax, bars, looks[differences:], show, fontsize=7.5, rotation=90)
-        cuts = tables[first][metric]
+    show = functools.partial(st.number, signed=signed)
+    for ax, (metric, cuts) in zip(axes.flat, first.items(), strict=False):
+        bars = {name: list(table[metric].values()) for name, table in tables.items()}
+        st.grouped_bars(ax, bars, looks, show, fontsize=7.5, rotation=90)
         ax.set_xticks(range(len(cuts)), [f"@{cut}" for cut in cuts])
         ax.set_title(metric)
         ax.axhline(0, color=st.INK, linewidth=0.8)
-    every = np.concatenate([values for bars in panels.values() for values in bars.values()])
-    low, high = min(every.min(), 0), max(every.max(), 1e-3)
-    # in a panel about 1.8 inches high, an upright label takes 0.5 inches at each end with bars
-    pad = (high - low) * 0.5 / (1.8 - 0.5 * (1 + (low < 0)))
-    axes[0, 0].set_ylim(low - pad * (low < 0), high + pad)
-    if 0.6 < high <= 1 and low == 0:
+    for ax in axes.flat:  # room for the upright values, at both ends where bars point both ways
+        ax.margins(y=0.6 if signed else 0.4)
+    if not signed:
         axes[0, 0].set_yticks(np.linspace(0, 1, 6))  # no tick above 1, where no score can be
     for ax in axes[:, 0]:
-        ax.set_ylabel("difference of scores" if differences else "score")
-    for ax in axes.flat[len(panels) :]:
+        ax.set_ylabel(ylabel)
+    for ax in axes.flat[len(first) :]:
         ax.axis("off")
     handles, names = axes[0, 0].get_legend_handles_labels()
     axes[-1, -1].legend(handles, names, loc="center left", fontsize=9.5, labelspacing=0.9)
@@ -66,13 +59,22 @@ def _metric_panels(tables, differences, title, path, source) -> Figure:
 def metric_bars(tables, title, path=None, source=None) -> Figure:
     """Scores of 2 to 4 models at several cut-offs, one panel per metric on one y axis.
     tables: {model: {metric: {cut-off: score}}}, the same metrics and cut-offs in every model."""
-    return _metric_panels(tables, False, title, path, source)
+    return _panels(tables, st.looks(tables), False, "score", title, path, source)
 
 
 @st.styled
 def metric_differences(tables, title, path=None, source=None) -> Figure:
     """Scores of the second and further models minus those of the first; `tables` as above."""
-    return _metric_panels(tables, True, title, path, source)
+    (first, base), *others = tables.items()
+    less = {
+        f"{name} − {first}": {
+            metric: {cut: table[metric][cut] - score for cut, score in cuts.items()}
+            for metric, cuts in base.items()
+        }
+        for name, table in others
+    }
+    looks = st.looks(tables)[1:]
+    return _panels(less, looks, True, "difference of scores", title, path, source)
 
 
 @st.styled

@@ -73,8 +73,7 @@ def training_curves(history, before, title, path=None, source=None) -> Figure:
     x = np.arange(1, len(steps) + 1) * len(epochs) / len(steps)
     loss_ax.plot(x, steps, ".", color=st.BLUE, alpha=0.5, markersize=4, label="one update")
     for ax, means in ((loss_ax, losses), (acc_ax, history["epoch_acc"])):
-        middle = epochs - 0.5
-        ax.plot(middle, means, "o-", color=st.NAVY, label="mean of an epoch")
+        ax.plot(epochs - 0.5, means, "o-", color=st.NAVY, label="mean of an epoch")
     at = [record["epoch"] for record in records]
     lines = {"recall@1": ("Recall@1", st.NAVY, "o-"), "mrr": ("MRR", st.RUST, "s--")}
     for key, (name, color, mark) in lines.items():
