@@ -220,7 +220,8 @@ def default_rule(studies, margin=0.01):
         both = [results for results in studies if {place, first} <= set(results.mrr.index)]
         ahead = {results.data: results.interval(place, first) for results in both}
         stays = all(value >= margin and low > 0 for value, low, _ in ahead.values())
-        rows[label] = {"mrr - one run": ahead, "stays": stays and (True if len(ahead) == len(FILES) else None)}
+        everywhere = True if len(ahead) == len(FILES) else None
+        rows[label] = {"mrr - one run": ahead, "stays": stays and everywhere}
     return rows
 
 

@@ -131,16 +131,17 @@ def losses_by_batch(study):
 
 def weights_table(*studies):
     """MRR against the base and general retrieval of base, fine-tuned, merged, and the two costlier ideas."""
-    columns = {}
+    table = {label: {} for label in WEIGHTS}
     for study in studies:
         rows, name = rows_of(study), "MBPP" if "sanitized" in study["data"] else "pocket data"
         for label, key in WEIGHTS.items():
-            if row := rows.get(key):
-                gain = "" if label == "base" else interval(row["mrr - base"], sign=True)
-                line = columns.setdefault(label, {})
-                line |= {f"{name}: MRR": f"{row['mrr'][0]:.3f}", f"{name}: − base": gain}
-                line[f"{name}: general nDCG@10"] = f"{row['general']:.3f}"
-    return pd.DataFrame.from_dict(columns, orient="index").fillna("")
+            row = rows.get(key)  # None: not measured on this data
+            gain = interval(row["mrr - base"], sign=True) if row else "not measured"
+            gain = "" if label == "base" else gain
+            score, general = (f"{row['mrr'][0]:.3f}", f"{row['general']:.3f}") if row else ("", "")
+            table[label] |= {f"{name}: MRR": score, f"{name}: gain over base": gain}
+            table[label][f"{name}: general nDCG@10"] = general
+    return pd.DataFrame.from_dict(table, orient="index")
 
 
 def study_table(study):
@@ -178,13 +179,22 @@ def bill(rows, path, task):
     return pd.DataFrame.from_dict(table, orient="index")
 
 
+def below(tables, name):
+    """Of a model's scores, how many lie below those of the first model: "3 of 20"."""
+    first = next(iter(tables.values()))
+    pairs = [(tables[name][m][k], score) for m, cuts in first.items() for k, score in cuts.items()]
+    return f"{sum(round(own, 3) < round(base, 3) for own, base in pairs)} of {len(pairs)}"
+
+
 def encoding_table(path):
     """Speed and memory of encoding, ours and the libraries', with the machine as the caption."""
     found = read_json(path)
     names = {"name": "", "tokens_per_second": "tokens per second", "memory_gb": "GB",
              "projected_hours": "hours for T2Retrieval, projected"}  # fmt: skip
     table = pd.DataFrame(found["contenders"])[list(names)].rename(columns=names).set_index("")
-    return table.style.format(precision=1, thousands=",").set_caption(found["machine"]["summary"])
+    formats = dict.fromkeys(("GB", "hours for T2Retrieval, projected"), "{:.1f}")
+    formats |= {"tokens per second": "{:,.0f}"}
+    return table.style.format(formats).set_caption(found["machine"]["summary"])
 
 
 def search_table(path):

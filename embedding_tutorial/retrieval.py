@@ -9,6 +9,7 @@ import hashlib
 import json
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import mteb
@@ -306,7 +307,9 @@ def name_given_by_mteb(folder):
 
     # As mteb.evaluate(model, …) does: given the path alone, the wrapper would take the path for the name.
     model = SentenceTransformer(str(folder), device="cpu")
-    meta = mteb.SentenceTransformerEncoderWrapper(model).mteb_model_meta
+    with warnings.catch_warnings():  # mteb 2.26 calls an older name of a method of sentence-transformers 6
+        warnings.simplefilter("ignore")
+        meta = mteb.SentenceTransformerEncoderWrapper(model).mteb_model_meta
     return meta.name, meta.revision
 
 
