@@ -414,4 +414,5 @@ def train(base, train_pairs, val_pairs, config, folder, device="cpu", progress=T
                 acc=f"{run.history['step_accs'][-1]:.2f}",
             )
             bar.update()
+    run.optimizer.zero_grad(set_to_none=True)  # a finished model needs no gradients
     return run.encoder.eval(), run.history
