@@ -311,12 +311,7 @@ def kill_child(work, word, number, pause):
         os.close(read)
         os.dup2(write, 1)
         sys.stdout = os.fdopen(1, "w", buffering=1)
-        try:
-            work()
-            os._exit(0)
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-            os._exit(1)
+        run_and_exit(work)
     os.close(write)
     with os.fdopen(read) as output:
         last = -1
@@ -328,17 +323,22 @@ def kill_child(work, word, number, pause):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), max([last, *rest])
 
 
+def run_and_exit(work):
+    """End a forked process with `work`, without what its parent would do at exit."""
+    try:
+        work()
+        os._exit(0)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        os._exit(1)
+
+
 def in_child(work):
     """Run `work` in a forked process; returns its exit status, negative for a signal."""
     pid = os.fork()
     if pid == 0:
         sys.stdout = open(os.devnull, "w")
-        try:
-            work()
-            os._exit(0)
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-            os._exit(1)
+        run_and_exit(work)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
