@@ -11,6 +11,7 @@ history, evaluations, configuration byte for byte, the resume state tensor by te
 """
 
 import argparse
+import json
 import random
 import re
 import subprocess
@@ -20,7 +21,6 @@ import time
 from pathlib import Path
 
 import common
-import torch
 
 from embedding_tutorial.files import move_aside, read_json, write_json
 from embedding_tutorial.runs import load_state
@@ -96,7 +96,7 @@ def one_kill(folder, n, update, pause, within_a_write):
         "seconds_later": round(pause, 4),
         "saved_update": state["update"] if state else 0,
         "half_written": half_written,
-        "differs": differences(run, folder / "reference"),
+        "differs": json.loads(worker("compare", run, folder / "reference")),
     }
 
 
@@ -117,28 +117,6 @@ def start(*args):
     """The program with `args` in a process of its own."""
     command = [sys.executable, str(PROGRAM), *map(str, args)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def differences(run, reference):
-    """What of a run differs from an uninterrupted one: file names, [] where everything is bit-identical."""
-    def contents(folder):  # resume.pt is a zip of pickles: compared by what it holds
-        files = [path for path in folder.rglob("*") if path.is_file() and path.name != "resume.pt"]
-        return {str(path.relative_to(folder)): path.read_bytes() for path in files}
-
-    a, b = contents(run), contents(reference)
-    wrong = sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
-    return wrong + ([] if same(load_state(run), load_state(reference)) else ["resume.pt"])
-
-
-def same(a, b):
-    """Whether two values of a saved state are bit-identical."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def worker(*args):

@@ -37,6 +37,7 @@ from embedding_tutorial import finetune as ft
 from embedding_tutorial.assets import pocket_model_path, sanitized_mbpp_path
 from embedding_tutorial.files import TutorialError, read_json, relative, sha256_of, write_json
 from embedding_tutorial.profiles import PROFILES, rewrites_path, training_precision
+from embedding_tutorial.words import whole_state
 
 BOTH = ("other_queries", "other_pos_docs")
 # What the questions are asked of: cheap enough to train often, and each row changes one thing of it.
@@ -208,12 +209,12 @@ def leaking_epoch(run, epoch):
 
 
 def copy_of(encoder):
-    return {name: w.detach().clone() for name, w in encoder.backbone.state_dict().items()}
+    return {name: w.detach().clone() for name, w in whole_state(encoder).items()}
 
 
 def epochs_of_run(recipe, config, base, rows):
     """The weights after each epoch of one training, and its loss per step."""
-    run = training.start_run(base, lambda encoder: training.tokenize_pairs(encoder, rows), config, "cpu")
+    run = training.start_run(base, lambda encoder: training.tokenize_pairs(encoder, rows), config, "cpu", ())
     run.encoder.train()
     epochs = []
     for epoch in range(config.epochs):
@@ -313,7 +314,7 @@ def settings_of(recipe, data):
     Seed and precision stand in the cells, so that a study can go on on another machine.
     """
     usual = dataclasses.asdict(Recipe(recipe.config))
-    unseen = ("seed", "precision", "keep_checkpoints", "save_every", "max_bad_updates")
+    unseen = ("seed", "precision", "checkpointing", "keep_checkpoints", "save_every", "save_minutes")
     own = {key: value for key, value in dataclasses.asdict(recipe).items() if value != usual[key]}
     own |= dataclasses.asdict(config_of(recipe, 0, 10**6, "fp32"))
     if recipe.rewrites:

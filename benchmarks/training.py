@@ -226,7 +226,7 @@ def flagembedding(work, recorder, extra=()):
 
 
 def start_ours(model, pairs, config, device="cpu"):
-    run = engine.start_run(model, lambda encoder: engine.tokenize_pairs(encoder, pairs), config, device)
+    run = engine.start_run(model, lambda encoder: engine.tokenize_pairs(encoder, pairs), config, device, ())
     run.encoder.train()
     return run
 

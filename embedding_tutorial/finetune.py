@@ -160,6 +160,7 @@ class TrainConfig:
     batch_size: int = 80             # pairs in one update
     micro_batch: int | None = None   # pairs that share their negatives; None: the whole batch
     backward: str = "whole"          # or "gradcache"
+    checkpointing: bool = False      # recompute each layer: less memory, more time
     queue: int = 0                   # older passages kept as further negatives
     temperature: float = 0.05
     symmetric: bool = False          # also ask which query belongs to a passage
@@ -174,7 +175,7 @@ class TrainConfig:
     token_budget: int = 1024         # tokens in one group: sets memory, not results
     keep_checkpoints: int = 2        # newest epochs kept, besides the best and the last
     save_every: int = 0              # updates between two saves; 0: after each epoch
-    max_bad_updates: int = 10        # non-finite updates in a row before the run stops
+    save_minutes: float = 0.0        # at least so many minutes between two saved states
     seed: int = 42
 
 # %% ../01-train_embedding_with_validation.ipynb #n01-077

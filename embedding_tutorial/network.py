@@ -1,4 +1,4 @@
-"""What the downloads need of the network: which hosts, whether they answer, and a fetch that goes on.
+"""What the downloads need of the network: which hosts, whether they answer, and the fetches themselves.
 
 Environment: `HF_ENDPOINT` and `MODELSCOPE_ENDPOINT` choose mirrors, `HF_HUB_OFFLINE=1` forbids every
 network call. All are read when a function is called.
@@ -22,11 +22,16 @@ def can_reach_hub(timeout=PROBE_TIMEOUT_S):
 
     Returns: (True, who answered) or (False, why not). Never raises; no call where `HF_HUB_OFFLINE` is set.
     """
+    return can_reach((hf_endpoint(), modelscope_endpoint()), lambda endpoint: probe(endpoint, timeout))
+
+
+def can_reach(endpoints, ask):
+    """The same for any hosts, in order, until one answers. ask: what `probe` is, or its cached answers."""
     if hub_offline():
         return False, "HF_HUB_OFFLINE is set"
     causes = []
-    for endpoint in (hf_endpoint(), modelscope_endpoint()):
-        cause = probe(endpoint, timeout)
+    for endpoint in endpoints:
+        cause = ask(endpoint)
         if cause is None:
             return True, f"{endpoint} answers"
         causes.append(f"{endpoint}: {cause}")
@@ -108,6 +113,29 @@ def fetch_small(url, out):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not finished after {HTTP_TOTAL_S} s")
             out.write(block)
+
+
+def fetch_from_hugging_face(endpoint, repo, revision, names, large, folder):
+    """Download the files `names` of a model at `revision` into `folder`, resuming what is there.
+
+    huggingface_hub 2.4 keeps finished files but starts an interrupted one from its first byte again; those
+    in `large` are therefore fetched by `fetch_resuming`. Raises what the client and `requests` raise.
+    """
+    from huggingface_hub import hf_hub_url, snapshot_download
+    from huggingface_hub.utils import build_hf_headers
+
+    small = [name for name in names if name not in large]
+    snapshot_download(repo, revision=revision, allow_patterns=small, local_dir=folder, endpoint=endpoint)
+    for name in large:
+        url = hf_hub_url(repo, name, revision=revision, endpoint=endpoint)
+        fetch_resuming(url, folder / name, build_hf_headers())
+
+
+def fetch_from_modelscope(endpoint, repo, names, folder):
+    """The same from ModelScope, whose commits have other names: the caller compares sha256 instead."""
+    from modelscope import snapshot_download
+
+    snapshot_download(repo, allow_patterns=names, local_dir=str(folder), endpoint=endpoint)
 
 
 def fetch_resuming(url, target, headers):

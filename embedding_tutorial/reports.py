@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .encoder import embed, save_model
-from .files import read_json, write_json
+from .encoder import Encoder, embed, save_model, weights_file
+from .files import read_json, require_disk, write_json
 from .finetune import bootstrap_interval, mix
 from .pairs import read_rewrites, with_rewrites
 from .profiles import mbpp_path, rewrites_path
+from .runs import keep_weights_only, run_size_gb
 from .training import train
 
 
@@ -74,18 +75,27 @@ def averaged_model(base, train_pairs, val_pairs, config, run, device, runs=3, re
     """The mean of the weights of `runs` runs with other seeds, as an Encoder, saved in `run`/averaged.
 
     rewrites_of: the data file whose rewrites (`data/*_rewrites.json`) the training pairs get; None: none.
+    Of each run only the weights stay on the disk, and one model at a time is on the device. Raises
+    TutorialError before the first run where the disk can't hold them all.
     """
     if rewrites_of is not None and (file := rewrites_path(rewrites_of)):
         train_pairs = with_rewrites(train_pairs, read_rewrites(file))
-    states = []
-    for seed in range(config.seed, config.seed + runs):
-        kind = "-rewrites" if rewrites_of is not None else ""
-        one = dataclasses.replace(config, seed=seed, keep_checkpoints=1)
-        model, _ = train(base, train_pairs, val_pairs, one, Path(f"{run}{kind}-seed-{seed}"), device)
-        states.append(model.state_dict())
-    model.load_state_dict(mix(states, [1 / runs] * runs))
+    kind, mean = "-rewrites" if rewrites_of is not None else "", None
+    folders = [Path(f"{run}{kind}-seed-{config.seed + n}") for n in range(runs)]
+    size, missing = weights_file(base).stat().st_size, sum(not folder.exists() for folder in folders)
+    if missing:  # the last one needs the room of a run, the others leave their weights; then the mean
+        require_disk(run, run_size_gb(size, 3 * size, 1) + missing * size / 1e9, f"{missing} runs")
+    for n, folder in enumerate(folders):
+        one = dataclasses.replace(config, seed=config.seed + n, keep_checkpoints=1)
+        model = train(base, train_pairs, val_pairs, one, folder, device)[0].cpu()
+        state = model.state_dict()
+        mean = state if mean is None else mix([mean, state], [n / (n + 1), 1 / (n + 1)])
+        keep_weights_only(folder)
+        del model, state
+    model = Encoder(base, config.max_length)
+    model.load_state_dict(mean)
     save_model(model, Path(run) / "averaged")
-    return model.eval()
+    return model.to(device).eval()
 
 
 # ---------------------------------------------------------------- from the measurements under benchmarks/

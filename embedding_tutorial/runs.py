@@ -48,18 +48,22 @@ def prune(run_dir, keep):
     return gone
 
 
-def run_size_gb(model_bytes, keep):
-    """Gigabytes a training run may hold at once: checkpoints, last epoch's model, two states of three copies.
+def keep_weights_only(run_dir):
+    """Delete a finished run's checkpoints; `fine-tuned`, its history and its identity stay."""
+    prune(run_dir, 0)
+    shutil.rmtree(Path(run_dir) / "best_checkpoint", ignore_errors=True)
 
-    `best_checkpoint` is hard links and may outlive its epoch's folder, hence one more copy. AdamW keeps
-    two moments per weight, so a state is three times the model; the new one is written before the old
-    one goes.
+
+def run_size_gb(model_bytes, state_bytes, keep):
+    """Gigabytes that a training run may hold at once.
+
+    Checkpoints: the `keep` newest, the one being written, the best one (the last epoch's model is the newest,
+    by another name). States: the old one goes when the new one is written.
     """
-    return (keep + 3 + 2 * 3) * model_bytes / 1e9
+    return ((max(keep, 1) + 2) * model_bytes + 2 * state_bytes) / 1e9
 
 
-def require_run_space(run_dir, model_bytes, keep):
+def require_run_space(run_dir, model_bytes, state_bytes, keep):
     """Raise TutorialError before training when the disk cannot hold what the run will write."""
-    require_disk(
-        run_dir, run_size_gb(model_bytes, keep), "checkpoints, the last epoch's model and the resume state"
-    )
+    size = run_size_gb(model_bytes, state_bytes, keep)
+    require_disk(run_dir, size, "checkpoints, the last epoch's model and the resume state")

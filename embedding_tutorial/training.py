@@ -8,8 +8,8 @@ folder: `checkpoint-epoch-N/`, `best_checkpoint/`, `fine-tuned/` (the last epoch
 import dataclasses
 import json
 import math
-import random
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,9 +17,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from .batches import PassageQueue, all_rows, batch_loss, batch_rows, tokenize_pairs, view_of
 from .encoder import Encoder, fingerprint, random_state, save_model, set_random_state, weights_file
 from .files import (
     TutorialError,
+    file_problem,
     link_folder,
     move_aside,
     relative,
@@ -32,100 +34,17 @@ from .finetune import (
     backward_gradcache,
     backward_whole,
     batch_of,
-    duplicate_mask,
     evaluate,
-    in_batch_accuracy,
-    info_nce,
     learning_rate,
     updates_per_epoch,
 )
 from .runs import load_state, prune, require_run_space, save_state
+from .words import keep_rows, put_back
 
-
-def tokenize_pairs(encoder, pairs):
-    """Tokenise once, and number the texts so that equal texts have equal numbers."""
-    numbers = {}
-    lists = {
-        name: [pair.get(name, []) for pair in pairs] for name in ("neg", "other_queries", "other_pos_docs")
-    }
-    rows = {name: [encoder.tokenize(texts) for texts in column] for name, column in lists.items()}
-
-    def number(texts):
-        return [numbers.setdefault(text, len(numbers)) for text in texts]
-
-    return {
-        "query": encoder.tokenize([pair["query"] for pair in pairs]),
-        "passage": encoder.tokenize([pair["pos_doc"] for pair in pairs]),
-        "query_id": number([pair["query"] for pair in pairs]),
-        "passage_id": number([pair["pos_doc"] for pair in pairs]),
-        "neg": rows["neg"],
-        "neg_id": [number(texts) for texts in lists["neg"]],
-        "other_query": rows["other_queries"],
-        "other_passage": rows["other_pos_docs"],
-        "other_passage_id": [number(texts) for texts in lists["other_pos_docs"]],
-    }
-
-
-def view_of(data, epoch, seed):
-    """The data as an epoch sees them: of each pair one wording and one code, drawn by seed and epoch."""
-    if not any(data["other_query"]) and not any(data["other_passage"]):
-        return data
-    draw = random.Random(f"{seed}-{epoch}-view")
-    view = {name: list(data[name]) for name in ("query", "passage", "passage_id")}
-    for i, wordings in enumerate(data["other_query"]):
-        wording, code = draw.randint(0, len(wordings)), draw.randint(0, len(data["other_passage"][i]))
-        if wording:
-            view["query"][i] = wordings[wording - 1]
-        if code:
-            view["passage"][i], view["passage_id"][i] = (
-                data[name][i][code - 1] for name in ("other_passage", "other_passage_id")
-            )
-    return {**data, **view}
-
-
-def batch_rows(data, batch):
-    """Token ids of all texts of a batch: n queries, n positives, then the hard negatives."""
-    return (
-        [data["query"][i] for i in batch]
-        + [data["passage"][i] for i in batch]
-        + [row for i in batch for row in data["neg"][i]]
-    )
-
-
-def batch_loss(vectors, data, batch, config, queue=None):
-    """(loss, accuracy) of the embeddings of `batch_rows`. queue: a PassageQueue with further negatives."""
-    n, device = len(batch), vectors.device
-    q, p = vectors[:n], vectors[n:]
-    hard = [number for i in batch for number in data["neg_id"][i]]
-    query_ids = torch.tensor([data["query_id"][i] for i in batch])
-    passage_ids = torch.tensor([data["passage_id"][i] for i in batch] + hard)
-    owner_ids = torch.cat([query_ids, torch.full((len(hard),), -1)])
-    if queue is not None and len(queue.vectors):
-        p = torch.cat([p, queue.vectors.to(device)])
-        passage_ids = torch.cat([passage_ids, queue.passage_ids])
-        owner_ids = torch.cat([owner_ids, queue.owner_ids])
-    mask = duplicate_mask(query_ids, passage_ids, owner_ids).to(device) if config.mask_duplicates else None
-    loss = info_nce(q, p, config.temperature, mask)
-    if config.symmetric:
-        loss = (loss + info_nce(p[:n], q, config.temperature, None if mask is None else mask[:, :n].T)) / 2
-    return loss, in_batch_accuracy(q.detach(), p.detach(), mask)
-
-
-@dataclass
-class PassageQueue:
-    """The last `size` passage vectors (after MoCo, arXiv 1911.05722, without a second encoder)."""
-
-    size: int
-    vectors: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    passage_ids: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
-    owner_ids: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
-
-    def push(self, vectors, passage_ids, owner_ids):
-        """Add n vectors (n, dims) with the numbers of their texts; the oldest beyond `size` go."""
-        old = self.vectors if len(self.vectors) else vectors[:0].cpu()
-        self.vectors = torch.cat([old, vectors.cpu()])[-self.size :]
-        self.passage_ids = torch.cat([self.passage_ids, torch.tensor(passage_ids)])[-self.size :]
-        self.owner_ids = torch.cat([self.owner_ids, torch.tensor(owner_ids)])[-self.size :]
+STATE_FORMAT = 2  # raised when a state of an earlier version can't be continued
+MAX_BAD_UPDATES = 10  # non-finite updates in a row before a run stops
+# What sets memory, disk and time, and not the result: it may change between a kill and the next call.
+FREE_TO_CHANGE = "backward checkpointing keep_checkpoints save_every save_minutes token_budget".split()
 
 
 @dataclass
@@ -138,7 +57,9 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     queue: PassageQueue | None
+    backward: str  # the config's, until the GPU runs out of memory
     token_budget: int
+    saved_at: float = 0.0  # when the last state was written, by time.monotonic
     update: int = 0
     bad_in_a_row: int = 0
     best_mrr: float = -1.0
@@ -152,6 +73,7 @@ class Run:
             "epoch_acc": [],
             "eval": [],
             "skipped_updates": [],
+            "repeated_updates": [],
         }
     )
     viewed: tuple = (None, None)  # (epoch, its view)
@@ -165,10 +87,19 @@ class Run:
         return self.viewed[1]
 
 
-def start_run(base, data_of, config, device):
-    """A fresh run from the base model. data_of: encoder → what `tokenize_pairs` returns."""
+def start_run(base, data_of, config, device, read=None):
+    """A fresh run from the base model. data_of: encoder → what `tokenize_pairs` returns.
+
+    read: texts that the run embeds and never trains on. The word table then has the rows of these and of
+    the training texts alone (see words.py); None: the whole table.
+    """
     torch.manual_seed(config.seed)
     encoder = Encoder(base, config.max_length, config.dropout).to(device)
+    if config.checkpointing:
+        encoder.backbone.activation_checkpointing_enable({"use_reentrant": False})
+    data = data_of(encoder)
+    if read is not None:
+        keep_rows(encoder, all_rows(data), encoder.tokenize(read))
     matrices = [w for w in encoder.parameters() if w.dim() > 1]
     others = [w for w in encoder.parameters() if w.dim() <= 1]
     optimizer = torch.optim.AdamW(
@@ -178,13 +109,13 @@ def start_run(base, data_of, config, device):
     )
     scaler = torch.amp.GradScaler(encoder.device.type, enabled=config.precision == "fp16")
     queue = PassageQueue(config.queue) if config.queue else None
-    return Run(encoder, data_of(encoder), config, optimizer, scaler, queue, config.token_budget)
+    return Run(encoder, data, config, optimizer, scaler, queue, config.backward, config.token_budget)
 
 
 def compute_gradients(run, batch):
     """Leave the update's gradient in the weights; returns (loss, accuracy, passage embeddings)."""
     config, data, results = run.config, run.view, []
-    backward = {"whole": backward_whole, "gradcache": backward_gradcache}[config.backward]
+    backward = {"whole": backward_whole, "gradcache": backward_gradcache}[run.backward]
     run.optimizer.zero_grad(set_to_none=True)
     for start in range(0, len(batch), config.micro_batch or len(batch)):
         part = batch[start : start + (config.micro_batch or len(batch))]
@@ -203,47 +134,67 @@ def compute_gradients(run, batch):
 
 
 def compute_gradients_safely(run, batch):
-    """`compute_gradients`, repeated with half the token budget as long as the GPU runs out of memory."""
+    """`compute_gradients`, repeated with less memory as long as the GPU runs out of it.
+
+    GradCache first: the whole graph keeps every group's activations, so smaller groups would not help it.
+    Then half the tokens in a group.
+    """
     state = random_state(run.encoder.device)
     longest = max(len(row) for row in batch_rows(run.view, batch))
     while True:
         try:
             return compute_gradients(run, batch)
         except torch.OutOfMemoryError as error:
-            if run.token_budget <= longest:
+            if run.backward == "gradcache" and run.token_budget <= longest:
                 raise TutorialError(
-                    f"Out of GPU memory with a single text of {longest} tokens in a group. Remedy: "
-                    'backward="gradcache", a smaller max_length, or a larger GPU.'
+                    f"Out of GPU memory with GradCache and a single text of {longest} tokens in a group. "
+                    "Remedy: checkpointing=True, a smaller max_length, or a larger GPU."
                 ) from error
         run.optimizer.zero_grad(set_to_none=True)  # outside `except`: the traceback holds the graph alive
-        run.token_budget = max(longest, run.token_budget // 2)
-        print(
-            f"Out of GPU memory in update {run.update + 1}: "
-            f"token budget halved to {run.token_budget}, update repeated."
-        )
+        if run.backward == "whole":
+            run.backward, change = "gradcache", "GradCache from here on"
+        else:
+            run.token_budget = max(longest, run.token_budget // 2)
+            change = f"token budget halved to {run.token_budget}"
+        print(f"Out of GPU memory in update {run.update + 1}: {change}, update repeated.")
         set_random_state(state, run.encoder.device)
         if run.encoder.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
+def step(run, batch):
+    """Gradient, clipping and optimizer step of one batch; returns (good, loss, accuracy, passages).
+
+    fp16: where the gradient overflows, the scaler lowers its factor and the batch is repeated, so that
+    no update is lost. A loss that is not finite itself is not repeated.
+    """
+    for attempt in range(MAX_BAD_UPDATES + 1):
+        loss, accuracy, passages = compute_gradients_safely(run, batch)
+        run.scaler.unscale_(run.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(run.encoder.parameters(), run.config.clip)
+        good = math.isfinite(loss) and bool(torch.isfinite(norm))
+        if good:
+            run.scaler.step(run.optimizer)
+        run.scaler.update()
+        if good or not math.isfinite(loss) or not run.scaler.is_enabled():
+            break
+        if attempt == 0:
+            run.history["repeated_updates"].append(run.update + 1)
+    return good, loss, accuracy, passages
+
+
 def one_update(run):
-    """Gradient, clipping and optimizer step of the run's next update; appends to its history."""
+    """The run's next update; appends to its history."""
     config, pairs = run.config, len(run.data["query"])
     batch = batch_of(run.update, pairs, config)
     rate = learning_rate(run.update, pairs, config)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
-    loss, accuracy, passages = compute_gradients_safely(run, batch)
-    run.scaler.unscale_(run.optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(run.encoder.parameters(), config.clip)
-    good = math.isfinite(loss) and bool(torch.isfinite(norm))
-    if good:
-        run.scaler.step(run.optimizer)
-    else:
+    good, loss, accuracy, passages = step(run, batch)
+    if not good:
         run.history["skipped_updates"].append(run.update + 1)
-    run.scaler.update()
     run.bad_in_a_row = 0 if good else run.bad_in_a_row + 1
-    if run.bad_in_a_row > config.max_bad_updates:
+    if run.bad_in_a_row > MAX_BAD_UPDATES:
         raise TutorialError(
             f"{run.bad_in_a_row} updates in a row had a non-finite loss or gradient, the last with rows "
             f"{sorted(i + 1 for i in batch)} of the training data. Look at them, or lower the learning rate."
@@ -258,14 +209,16 @@ def one_update(run):
 
 
 def run_identity(base, train_pairs, val_pairs, config):
-    """What a saved state must match to be continued: recipe, base weights, data."""
+    """What a saved state must match to be continued: what decides the result, base weights, data."""
     texts = [json.dumps(pair, sort_keys=True) for pair in [*train_pairs, *val_pairs]]
-    return {**dataclasses.asdict(config), "base": fingerprint(base), "data": text_key(texts)}
+    recipe = {name: v for name, v in dataclasses.asdict(config).items() if name not in FREE_TO_CHANGE}
+    return {**recipe, "base": fingerprint(base), "data": text_key(texts), "format": STATE_FORMAT}
 
 
 def save_run(run, folder, identity):
     """Write `resume.pt`: weights, optimizer, scaler, random state, queue, history and place."""
     queue = dataclasses.asdict(run.queue) if run.queue else None
+    run.saved_at = time.monotonic()
     save_state(
         folder,
         {
@@ -275,7 +228,6 @@ def save_run(run, folder, identity):
             "scaler": run.scaler.state_dict(),
             "random": random_state(run.encoder.device),
             "queue": queue,
-            "token_budget": run.token_budget,
             "update": run.update,
             "bad_in_a_row": run.bad_in_a_row,
             "best_mrr": run.best_mrr,
@@ -291,8 +243,27 @@ def restore_run(run, state):
     run.scaler.load_state_dict(state["scaler"])
     set_random_state(state["random"], run.encoder.device)
     run.queue = PassageQueue(**state["queue"]) if state["queue"] else None
-    for name in ("token_budget", "update", "bad_in_a_row", "best_mrr", "history"):
+    for name in ("update", "bad_in_a_row", "best_mrr", "history"):
         setattr(run, name, state[name])
+
+
+def finish(run, folder, identity):
+    """Replace the state of a complete run: its weights are in `fine-tuned`, its moments nobody needs."""
+    done = {"identity": identity, "history": run.history, "update": run.update}
+    save_state(folder, {**done, "fine-tuned": fingerprint(folder / "fine-tuned")})
+
+
+def finished_run(state, folder, config, device):
+    """(encoder, history) of a complete run; TutorialError when its model is not the one that it left."""
+    model = folder / "fine-tuned"
+    remedy = f"Delete {relative(folder)} to train again."
+    weights = model / "model.safetensors"
+    if problem := file_problem(weights, relative(weights)):
+        raise TutorialError(f"The run in {relative(folder)} is complete, but {problem}. {remedy}")
+    if fingerprint(model) != state["fine-tuned"]:
+        raise TutorialError(f"{relative(model)} was changed after the run that made it. {remedy}")
+    print(f"The run in {relative(folder)} is complete: nothing was computed again.")
+    return Encoder(model, config.max_length, config.dropout).to(device).eval(), state["history"]
 
 
 def check_before_training(base, train_pairs, val_pairs, config, folder, device):
@@ -317,11 +288,11 @@ def check_before_training(base, train_pairs, val_pairs, config, folder, device):
         raise TutorialError(
             f"Rows {leaked[:10]} of the validation set also stand in the training set. Remove them from one."
         )
-    if device == "cuda" and not torch.cuda.is_available():
+    if device.startswith("cuda") and not torch.cuda.is_available():
         raise TutorialError(
-            'device="cuda" and torch.cuda.is_available() is False. Use "cpu", or a torch build with CUDA.'
+            f'device="{device}", but torch.cuda.is_available() is False. Use "cpu", or a torch with CUDA.'
         )
-    if config.precision == "fp16" and device != "cuda":
+    if config.precision == "fp16" and not device.startswith("cuda"):
         raise TutorialError(f'precision="fp16" needs CUDA and this runs on {device}. Use "fp32" or "bf16".')
     if config.precision not in ("fp32", "bf16", "fp16") or config.backward not in ("whole", "gradcache"):
         raise TutorialError(f"Unknown precision {config.precision!r} or backward {config.backward!r}.")
@@ -329,33 +300,33 @@ def check_before_training(base, train_pairs, val_pairs, config, folder, device):
         raise TutorialError(
             "A queue and a micro_batch together are not supported: set one of them to its default."
         )
-    require_run_space(folder, weights_file(base).stat().st_size, config.keep_checkpoints)
 
 
-def open_run(base, train_pairs, val_pairs, config, folder, device):
-    """A run at the place where `folder` left off, or a fresh one; says which. Returns (run, identity)."""
-    identity = run_identity(base, train_pairs, val_pairs, config)
-    state = load_state(folder) if folder.exists() else None
-    run = start_run(base, lambda encoder: tokenize_pairs(encoder, train_pairs), config, device)
-    if state and state["identity"] != identity:
-        changed = [name for name in identity if state["identity"].get(name) != identity[name]]
-        aside = folder.with_name(folder.name + ".previous")
-        move_aside(folder, aside)
-        print(
-            f"The run in {relative(folder)} had other settings ({', '.join(changed)}): moved to {aside.name}."
-        )
-        state = None
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
+def open_run(base, train_pairs, val_pairs, config, folder, device, state):
+    """A run at the place of `state`, or a fresh one where that is None. Writes nothing."""
+    read = [text for pair in val_pairs for text in (pair["query"], pair["pos_doc"])]
+    run = start_run(base, lambda encoder: tokenize_pairs(encoder, train_pairs), config, device, read)
+    trained = sum(w.numel() * w.element_size() for w in run.encoder.parameters())
+    require_run_space(folder, weights_file(base).stat().st_size, 3 * trained, config.keep_checkpoints)
     if state:
         restore_run(run, state)
         print(
             f"Continuing {relative(folder)} after update {run.update}: what is before was not computed again."
         )
-    write_json(
-        folder / "config.json", {**identity, "train_pairs": len(train_pairs), "val_pairs": len(val_pairs)}
-    )
-    return run, identity
+    run.saved_at = time.monotonic()
+    return run
+
+
+def open_folder(folder, changed):
+    """An empty or tidy run folder. changed: the settings in which the run that lies there differs, if any."""
+    if changed:
+        aside = folder.with_name(folder.name + ".previous")
+        move_aside(folder, aside)
+        print(
+            f"The run in {relative(folder)} had other settings ({', '.join(changed)}): moved to {aside.name}."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
 
 
 def close_epoch(run, epoch, val_pairs, folder, identity):
@@ -383,7 +354,10 @@ def close_epoch(run, epoch, val_pairs, folder, identity):
         link_folder(checkpoint, folder / "fine-tuned")
     write_json(folder / "training_history.json", h)
     prune(folder, run.config.keep_checkpoints)
-    save_run(run, folder, identity)
+    if epoch == run.config.epochs:
+        finish(run, folder, identity)
+    elif time.monotonic() - run.saved_at >= 60 * run.config.save_minutes:
+        save_run(run, folder, identity)
 
 
 def train(base, train_pairs, val_pairs, config, folder, device="cpu", progress=True, stop_after=None):
@@ -394,7 +368,15 @@ def train(base, train_pairs, val_pairs, config, folder, device="cpu", progress=T
     """
     folder = Path(folder)
     check_before_training(base, train_pairs, val_pairs, config, folder, device)
-    run, identity = open_run(base, train_pairs, val_pairs, config, folder, device)
+    identity = run_identity(base, train_pairs, val_pairs, config)
+    state = load_state(folder) if folder.exists() else None
+    changed = [name for name in identity if state and state["identity"].get(name) != identity[name]]
+    if state and "fine-tuned" in state and not changed:
+        return finished_run(state, folder, config, device)
+    run = open_run(base, train_pairs, val_pairs, config, folder, device, None if changed else state)
+    open_folder(folder, changed)
+    sizes = {"train_pairs": len(train_pairs), "val_pairs": len(val_pairs)}
+    write_json(folder / "config.json", {**dataclasses.asdict(config), **identity, **sizes})
     per_epoch = updates_per_epoch(len(train_pairs), config)
     updates = config.epochs * per_epoch
     run.encoder.train()
@@ -415,4 +397,5 @@ def train(base, train_pairs, val_pairs, config, folder, device="cpu", progress=T
             )
             bar.update()
     run.optimizer.zero_grad(set_to_none=True)  # a finished model needs no gradients
+    put_back(run.encoder)
     return run.encoder.eval(), run.history

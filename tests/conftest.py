@@ -21,7 +21,9 @@ os.environ.update(
     XDG_CACHE_HOME=str(SANDBOX / "cache"),
     TOKENIZERS_PARALLELISM="false",
 )
-for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "BGE_M3_PATH", "TUTORIAL_PROFILE"):
+for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "BGE_M3_PATH"):
+    os.environ.pop(name, None)
+for name in ("TUTORIAL_PROFILE", "TUTORIAL_DEVICE", "TUTORIAL_PRECISION"):
     os.environ.pop(name, None)
 sys.path.insert(0, str(ROOT))
 

@@ -3,6 +3,7 @@
 python kill_worker.py model BASE                  write a tiny random BERT to BASE
 python kill_worker.py train BASE RUN [EPOCHS]     train it in RUN, or continue there; prints each "update N"
                                                   as soon as it is computed, and at the end "done SECONDS"
+python kill_worker.py compare RUN OTHER           print as JSON what differs between two runs
 python kill_worker.py random BASE DIR             train DIR/reference, kill DIR/run at three random moments
                                                   and continue it; prints the moments
 python kill_worker.py sweep BASE DIR              kill a run before each of its renames in turn (RUN = DIR/N)
@@ -370,6 +371,8 @@ def main(action, base, folder=None, epochs=CONFIG.epochs):
         begin = time.perf_counter()
         announced_training(base, folder, dataclasses.replace(CONFIG, epochs=int(epochs)))
         print(f"done {time.perf_counter() - begin:.3f}", flush=True)
+    elif action == "compare":
+        print(json.dumps(differences(base, folder)))
     elif action == "random":
         print(*at_random(base, folder), sep="; ", flush=True)
     elif action == "sweep":

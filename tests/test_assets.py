@@ -19,6 +19,7 @@ from embedding_tutorial.files import TutorialError
 
 pytestmark = pytest.mark.usefixtures("no_hub")
 MBPP_RECORDS = [{"task_id": n, "prompt": f"Task {n}.", "code": f"def f{n}(): ..."} for n in range(427)]
+MBPP_DATA = json.dumps(MBPP_RECORDS).encode()
 
 
 @pytest.fixture
@@ -41,10 +42,17 @@ def hf(monkeypatch, bge_files):
         yield hub
 
 
+@pytest.fixture(autouse=True)
+def mbpp_checksum(request, monkeypatch):
+    """The checksum of the file that the stubs serve, in place of the published one's."""
+    if "published" not in request.node.name:
+        monkeypatch.setattr(assets, "MBPP_SHA256", hashlib.sha256(MBPP_DATA).hexdigest())
+
+
 @pytest.fixture
 def modelscope(monkeypatch, bge_files):
     """A ModelScope stub with BGE-M3 and MBPP."""
-    datasets = {"opencompass/mbpp": {"sanitized-mbpp.json": json.dumps(MBPP_RECORDS).encode()}}
+    datasets = {"opencompass/mbpp": {"sanitized-mbpp.json": MBPP_DATA}}
     with StubHub(
         models={assets.BGE_M3_REPO: {**bge_files, "onnx/model.onnx": b"large"}}, datasets=datasets
     ) as hub:
@@ -55,7 +63,7 @@ def modelscope(monkeypatch, bge_files):
 @pytest.fixture
 def github(monkeypatch):
     """A raw.githubusercontent.com stub with MBPP."""
-    with StubHub(raw={assets.MBPP_GITHUB_PATH: json.dumps(MBPP_RECORDS).encode()}) as hub:
+    with StubHub(raw={assets.MBPP_GITHUB_PATH: MBPP_DATA}) as hub:
         monkeypatch.setattr(assets, "GITHUB_RAW", hub.url)
         yield hub
 
@@ -372,9 +380,11 @@ def test_mbpp_from_modelscope(modelscope, github, tmp_path):
 
 
 def test_mbpp_on_disk_needs_no_network(tmp_path):
-    write_files(tmp_path, {"sanitized-mbpp.json": json.dumps(MBPP_RECORDS).encode()})
-    for download in (True, False):
-        assert assets.sanitized_mbpp_path(tmp_path, download=download) == tmp_path / "sanitized-mbpp.json"
+    formatted = json.dumps(MBPP_RECORDS, indent=2).replace("\n", "\r\n").encode()
+    for data in (MBPP_DATA, formatted):  # a file of one's own may have other line ends, so another sha256
+        write_files(tmp_path, {"sanitized-mbpp.json": data})
+        for download in (True, False):
+            assert assets.sanitized_mbpp_path(tmp_path, download=download) == tmp_path / "sanitized-mbpp.json"
 
 
 def test_mbpp_absent_and_not_wanted(modelscope, tmp_path):
@@ -382,11 +392,11 @@ def test_mbpp_absent_and_not_wanted(modelscope, tmp_path):
     assert not modelscope.requests
 
 
-@pytest.mark.parametrize("fault", ["down", "truncated", "corrupt", "html", "absent"])
+@pytest.mark.parametrize("fault", ["down", "truncated", "corrupt", "html", "absent", "other records"])
 def test_mbpp_modelscope_fails_github_used(modelscope, github, tmp_path, fault):
     break_mbpp(modelscope, fault)
     path = assets.sanitized_mbpp_path(tmp_path, download=True, announce=str)
-    assert json.loads(path.read_text()) == MBPP_RECORDS
+    assert path.read_bytes() == MBPP_DATA
 
 
 def break_mbpp(hub, fault):
@@ -401,16 +411,19 @@ def break_mbpp(hub, fault):
         files["sanitized-mbpp.json"] = b"<html>log in</html>"
     elif fault == "absent":
         files.clear()
+    elif fault == "other records":  # as many, in the same fields: only the checksum tells
+        files["sanitized-mbpp.json"] = MBPP_DATA.replace(b"Task 7.", b"Task 8.")
 
 
 def test_mbpp_both_broken_is_one_error_and_leaves_nothing(modelscope, github, tmp_path):
     modelscope.truncate["sanitized-mbpp.json"] = 1000
-    github.raw[assets.MBPP_GITHUB_PATH] = json.dumps(MBPP_RECORDS[:-1]).encode()
+    github.raw[assets.MBPP_GITHUB_PATH] = other = json.dumps(MBPP_RECORDS[:-1]).encode()
     with pytest.raises(TutorialError) as error:
         assets.sanitized_mbpp_path(tmp_path / "data", download=True, announce=str)
     for part in (
         modelscope.url,
-        f"{github.url}: sanitized MBPP is a list of 427 records, this is 426",
+        f"{github.url}: sanitized-mbpp.json has sha256 {hashlib.sha256(other).hexdigest()}, expected "
+        f"{assets.MBPP_SHA256}",
         "curl -L ",
     ):
         assert part in str(error.value)
@@ -459,6 +472,14 @@ def test_mbpp_as_published_verifies():
     if not path.exists():
         pytest.skip("the published file is not on this machine")
     assert assets.sanitized_mbpp_path(path.parent, download=False).resolve() == path.resolve()
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == assets.MBPP_SHA256
+
+
+def test_mbpp_is_published_at_a_commit():
+    """Not at a branch, whose file may change."""
+    commit = "dec705a28fea05552916c0b83c52f5f23609e8ee"
+    assert assets.MBPP_GITHUB_PATH == f"/google-research/google-research/{commit}/mbpp/sanitized-mbpp.json"
+    assert assets.MBPP_SHA256 == "7fec016546acaee11dbe14f9f0bb670e59f41919f7b522a59fba34871da78551"
 
 
 # -------------------------------------------------------------------------------------------- T2Retrieval
@@ -490,7 +511,7 @@ def test_t2_local_folder_needs_no_network(tmp_path):
     local = {"path": str(folder), "revision": None, "local": True}
     assert assets.t2retrieval_source(tmp_path / "data") == local
     (folder / "data").rename(folder / "qrels")
-    assert assets.t2retrieval_source(tmp_path / "data", offline=True) == local
+    assert assets.t2retrieval_source(tmp_path / "data") == local
 
 
 @pytest.mark.parametrize(
@@ -541,11 +562,9 @@ def test_t2_as_hf_download_leaves_it(tmp_path):
 def test_t2_from_the_hub_when_it_answers(hf, tmp_path):
     assert assets.t2retrieval_source(tmp_path / "data") == T2_ON_THE_HUB
     assert hf.requests == [("HEAD", "/", None)]
-    assert assets.t2retrieval_source(tmp_path / "data", offline=False) == T2_ON_THE_HUB
-    assert len(hf.requests) == 1
 
 
-@pytest.mark.parametrize("why", ["closed port", "HF_HUB_OFFLINE", "argument", "503"])
+@pytest.mark.parametrize("why", ["closed port", "HF_HUB_OFFLINE", "503"])
 def test_t2_out_of_reach_is_an_error_at_once(monkeypatch, hf, modelscope, tmp_path, why):
     if why == "closed port":
         monkeypatch.setenv("HF_ENDPOINT", CLOSED)
@@ -554,15 +573,99 @@ def test_t2_out_of_reach_is_an_error_at_once(monkeypatch, hf, modelscope, tmp_pa
     hf.down = why == "503"
     start = time.monotonic()
     with pytest.raises(TutorialError) as error:
-        assets.t2retrieval_source(tmp_path / "data", offline=True if why == "argument" else None)
+        assets.t2retrieval_source(tmp_path / "data")
     assert time.monotonic() - start < 5
     assert str(error.value).endswith(T2_COMMAND)
     assert len(hf.requests) == (why == "503")
 
 
-def test_t2_prepared_by_datasets_before_is_used_offline(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def prepared_by_datasets(tmp_path):
     prepared = tmp_path / "home" / "hf_home" / "datasets" / "mteb___t2_retrieval"
     for part in ("corpus", "queries", "default"):
         write_files(prepared / part / "0.0.0" / assets.T2_REVISION, {"t2_retrieval-dev.arrow": b"x"})
+
+
+def test_t2_prepared_by_datasets_before_is_used_offline(monkeypatch, tmp_path):
+    prepared_by_datasets(tmp_path)
+    with pytest.raises(TutorialError, match="refused; HF_HUB_OFFLINE=1 takes the copy that `datasets` has"):
+        assets.t2retrieval_source(tmp_path / "data")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert assets.t2retrieval_source(tmp_path / "data") == T2_ON_THE_HUB
+
+
+# --------------------------------------------------------------------- all that the full profile needs
+
+
+def missing(tmp_path, announce=str):
+    return assets.missing_assets(tmp_path / "models", tmp_path / "data", announce)
+
+
+def on_disk(tmp_path, bge_files):
+    """All three assets as local copies, in the order of `missing_assets`."""
+    return (
+        write_files(tmp_path / "models" / "bge-m3", bge_files),
+        write_files(tmp_path / "data", {"sanitized-mbpp.json": MBPP_DATA}) / "sanitized-mbpp.json",
+        write_files(tmp_path / "data" / "T2Retrieval", T2_FILES),
+    )
+
+
+def test_all_assets_on_disk_ask_nobody(hf, modelscope, bge_files, tmp_path):
+    on_disk(tmp_path, bge_files)
+    said = []
+    assert missing(tmp_path, said.append) == said == hf.requests == modelscope.requests == []
+
+
+def test_all_assets_from_the_hosts_each_asked_once(hf, modelscope, tmp_path):
+    said = []
+    assert missing(tmp_path, said.append) == []
+    assert hf.requests == modelscope.requests == [("HEAD", "/", None)]
+    assert [hub.url in line for hub, line in zip((hf, modelscope), said, strict=True)] == [True, True]
+
+
+def test_without_a_network_every_asset_is_missing(monkeypatch, tmp_path):
+    found = missing(tmp_path)
+    assert [line.split(" is ")[0] for line in found] == ["BAAI/bge-m3", "sanitized MBPP", "mteb/T2Retrieval"]
+    assert [line.count("Connection refused") for line in found] == [2, 2, 1]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert all(line.endswith("(HF_HUB_OFFLINE is set)") for line in missing(tmp_path))
+
+
+@pytest.mark.parametrize("present", [0, 1, 2])
+def test_what_is_on_disk_is_not_missing(bge_files, tmp_path, present):
+    """Where no host answers: exactly the other two are missing."""
+    every = missing(tmp_path)
+    for n, path in enumerate(on_disk(tmp_path, bge_files)):
+        if n != present:
+            path.rename(path.with_name(f"away-{n}"))
+    assert missing(tmp_path) == every[:present] + every[present + 1 :]
+
+
+def test_modelscope_alone_lacks_the_retrieval_test(monkeypatch, modelscope, tmp_path):
+    (only,) = missing(tmp_path)
+    assert only.startswith("mteb/T2Retrieval is not on disk nor to be had") and CLOSED in only
+    prepared_by_datasets(tmp_path)
+    assert "HF_HUB_OFFLINE=1 takes the copy" in missing(tmp_path)[0]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert not any("T2Retrieval" in line for line in missing(tmp_path))
+
+
+def test_github_is_enough_for_mbpp(hf, github, tmp_path):
+    assert missing(tmp_path) == []
+    github.down = True
+    (only,) = missing(tmp_path)
+    assert only.startswith("sanitized MBPP") and f"{github.url}: HTTP 503" in only
+
+
+@pytest.mark.parametrize("name", ["models/bge-m3/config.json", "data/T2Retrieval/README.md"])
+def test_an_incomplete_copy_is_an_error_and_not_missing(hf, modelscope, bge_files, tmp_path, name):
+    on_disk(tmp_path, bge_files)
+    (tmp_path / name).unlink()
+    with pytest.raises(TutorialError, match=f"(?s){Path(name).name} is missing.*hf download"):
+        missing(tmp_path)
+
+
+def test_folders_are_weighed_with_hard_links_once(tmp_path):
+    write_files(tmp_path / "a", {"one": bytes(3000), "sub/two": bytes(500)})
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "again").hardlink_to(tmp_path / "a" / "one")
+    assert assets.folders_gb(tmp_path / "a", tmp_path / "b", tmp_path / "absent") == 3500 / 1e9

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import little_space, tree
 
-from embedding_tutorial import files, finetune, profiles, training
+from embedding_tutorial import files, finetune, training
 from embedding_tutorial.files import TutorialError, read_json
 from embedding_tutorial.pairs import read_mbpp, read_pairs, write_pairs
 
@@ -261,16 +261,7 @@ def test_a_damaged_state(attempt, tiny_bert, pairs, tmp_path):
     attempt("resume.pt is damaged", "Delete it to train from the start")
 
 
-# ---------------------------------------------------------------- profiles and disk
-
-
-def test_the_full_profile_without_cuda(refused, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    refused(lambda: profiles.choose_profile("full"), "needs a CUDA GPU", "TUTORIAL_PROFILE=pocket")
-    monkeypatch.setenv("TUTORIAL_PROFILE", "full")
-    refused(profiles.choose_profile, "needs a CUDA GPU", "TUTORIAL_PROFILE=pocket")
-    monkeypatch.setenv("TUTORIAL_PROFILE", "huge")
-    refused(profiles.choose_profile, "Unknown profile 'huge'", "full, pocket or auto")
+# ---------------------------------------------------------------- a full disk
 
 
 def test_a_disk_that_is_full_when_the_split_is_written(tmp_path, monkeypatch, pairs):

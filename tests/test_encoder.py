@@ -9,17 +9,21 @@ import torch
 import torch.nn.functional as F
 from helpers import tree, unit
 from sentence_transformers import SentenceTransformer
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoTokenizer
 
+from embedding_tutorial import encoder as encoder_module
 from embedding_tutorial.encoder import (
     HEAD_FILES,
     Encoder,
+    Layout,
     LookUp,
     autocast,
     companions,
     embed,
     equal_runs,
     fingerprint,
+    flash_attention,
     group_by_length,
     in_order,
     packed_attention,
@@ -63,15 +67,29 @@ def test_equal_runs_by_hand():
     assert equal_runs([3, 3, 5, 3]) == [(0, 2, 3), (6, 1, 5), (11, 1, 3)]
 
 
-@pytest.mark.parametrize("kind", ["packed", "rectangular"])
-def test_attention_within_texts_equals_one_masked_attention(kind):
+def varlen_by_hand(q, k, v, ends, ends_k, longest, longest_k, *, scale):
+    """What torch.nn.attention.varlen.varlen_attn computes: (tokens, heads, d), text by text."""
+    assert ends is ends_k and ends.dtype == torch.int32 and longest == longest_k == ends.diff().max()
+    texts = zip(*(x.split(ends.diff().tolist()) for x in (q, k, v)), strict=True)
+    return torch.cat(
+        [
+            F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in qkv), scale=scale).transpose(0, 1)
+            for qkv in texts
+        ]
+    )
+
+
+@pytest.mark.parametrize("kind", ["packed", "rectangular", "flash"])
+def test_attention_within_texts_equals_one_masked_attention(kind, monkeypatch):
     lengths = [2, 2, 2, 5, 7, 7]
     q, k, v = (unit(1, 3, sum(lengths), 4, seed=s).requires_grad_() for s in range(3))
-    runs = equal_runs(lengths)
+    layout = Layout(lengths, "cpu")
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_hand)
     if kind == "packed":
-        out = packed_attention(None, q, k, v, None, runs, scaling=0.7)[0]
+        out = packed_attention(None, q, k, v, None, layout, scaling=0.7)[0]
     else:
-        out = rectangular_attention(q, k, v, runs, 0.7, 0.0)
+        way = flash_attention if kind == "flash" else rectangular_attention
+        out = way(*(x[0].transpose(0, 1) for x in (q, k, v)), layout, 0.7, 0.0)[None]
     text = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=text[:, None] == text[None], scale=0.7)
     torch.testing.assert_close(out, expected.transpose(1, 2))
@@ -82,6 +100,53 @@ def test_attention_within_texts_equals_one_masked_attention(kind):
         strict=True,
     ):
         torch.testing.assert_close(a, b)
+
+
+def on_fake_cuda(monkeypatch, capability):
+    """A torch that believes in a GPU of this capability; its tensors have shapes and no numbers."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    return FakeTensorMode()
+
+
+@pytest.mark.parametrize(
+    "capability, kind, dropout, way",
+    [
+        ((9, 0), torch.bfloat16, 0.0, "flash"),
+        ((8, 0), torch.float16, 0.0, "flash"),
+        ((7, 5), torch.float16, 0.0, "rectangular"),  # no flash before Ampere
+        ((9, 0), torch.float32, 0.0, "rectangular"),
+        ((9, 0), torch.bfloat16, 0.1, "rectangular"),
+    ],
+)
+def test_on_cuda_real_groups_take_the_way_without_pad_cells(
+    capability, kind, dropout, way, monkeypatch, pairs, minilm
+):
+    """Groups of the data's own lengths: with flash, no mask and no cell beyond the tokens."""
+    rows = Encoder(minilm).tokenize([text for p in pairs for text in (p["query"], p["pos_doc"])])
+    groups = group_by_length([len(row) for row in rows], 2048)
+    calls = []
+    for name in ("flash_attention", "rectangular_attention"):
+        monkeypatch.setattr(
+            encoder_module, name, lambda q, *rest, name=name: calls.append((name, len(q))) or q
+        )
+    with on_fake_cuda(monkeypatch, capability):
+        for group in groups:
+            lengths = [len(rows[i]) for i in group]
+            q = torch.empty(1, 12, sum(lengths), 32, dtype=kind, device="cuda")
+            out = packed_attention(None, q, q, q, None, Layout(lengths, "cuda"), dropout=dropout)[0]
+            assert out.shape == (1, sum(lengths), 12, 32)
+    assert calls == [(f"{way}_attention", sum(len(rows[i]) for i in group)) for group in groups]
+    assert len(groups) > 1 and len({len(row) for row in rows}) > 8
+
+
+def test_flash_attention_hands_torch_what_it_takes(monkeypatch):
+    """torch's own shape check of the operator, on tensors without numbers."""
+    with on_fake_cuda(monkeypatch, (9, 0)):
+        q = torch.empty(1, 16, 12, 64, dtype=torch.bfloat16, device="cuda")
+        layout = Layout([3, 4, 5], "cuda")
+        layout.ends = torch.empty(4, dtype=torch.int32, device="cuda")
+        out, _ = packed_attention(None, q, q, q, None, layout, scaling=0.125)
+        assert out.shape == (1, 12, 16, 64) and out.dtype == torch.bfloat16
 
 
 def test_pooling_is_read_from_the_model(tiny_bert, tiny_m3, tmp_path):

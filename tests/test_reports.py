@@ -23,6 +23,12 @@ def test_averaged_is_the_mean_of_runs_with_other_seeds(tiny_bert, pairs, tmp_pat
         torch.testing.assert_close(w, torch.stack([state[name] for state in states]).mean(dim=0))
         assert torch.equal(w, saved[name])
     assert not torch.equal(*(states[i]["encoder.layer.0.output.dense.weight"] for i in (0, 1)))
+    for folder in folders:  # of a run that only gives its weights, no checkpoint and no moments stay
+        left = {p.name for p in folder.iterdir()}
+        assert left == {"fine-tuned", "resume.pt", "config.json", "training_history.json"}
+    again = reports.averaged_model(tiny_bert, pairs[:8], pairs[28:], config, run, "cpu", runs=3)
+    for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
     Encoder(run / "averaged")
 
 

@@ -94,7 +94,7 @@ def test_an_interrupted_prune_never_looks_like_a_checkpoint(tmp_path, monkeypatc
 
 def test_the_space_asked_for_covers_what_a_run_really_holds(tiny_bert, pairs, tmp_path, monkeypatch):
     """The largest sum of file sizes at any rename of a run, hard links counted once."""
-    highest = 0
+    highest, states = 0, []
 
     def watch(name):
         real = getattr(os, name)
@@ -103,6 +103,7 @@ def test_the_space_asked_for_covers_what_a_run_really_holds(tiny_bert, pairs, tm
             nonlocal highest
             sizes = {s.st_ino: s.st_size for s in (p.lstat() for p in (tmp_path / "run").rglob("*"))}
             highest = max(highest, sum(sizes.values()))
+            states.extend(p.stat().st_size for p in (tmp_path / "run").glob("resume.pt"))
             return real(*args)
 
         monkeypatch.setattr(files.os, name, rename)
@@ -113,15 +114,18 @@ def test_the_space_asked_for_covers_what_a_run_really_holds(tiny_bert, pairs, tm
     weights = (tiny_bert / "model.safetensors").stat().st_size
     companions = sum(p.stat().st_size for p in tiny_bert.rglob("*") if p.is_file()) - weights
     # tokenizers are small beside real weights, not beside these: five folders may hold a copy of them
-    assert highest < run_size_gb(weights, 2) * 1e9 + 6 * companions
-    assert highest > 6 * weights  # or the watch saw nothing
+    state = max(states)
+    assert highest < run_size_gb(weights, state, 2) * 1e9 + 6 * companions
+    assert highest > 4 * weights + state  # or the watch saw nothing
+    whole = sum(w.numel() * 4 for w in training.Encoder(tiny_bert).parameters())
+    assert state < 3 * whole  # the rows of other words are not in it
 
 
 def test_require_run_space(tmp_path, monkeypatch):
     little_space(monkeypatch, free=11 * 10**9)
-    require_run_space(tmp_path, 10**9, keep=2)  # 2 + 3 + 6 copies: just fits
+    require_run_space(tmp_path, 10**9, 35 * 10**8, keep=2)  # 4 models, 2 states of 3.5 GB: just fits
     with pytest.raises(
         TutorialError, match="needs 12.0 GB of free disk here, there are 11.0 GB. Free 1.0 GB"
     ):
-        require_run_space(tmp_path / "not" / "there", 10**9, keep=3)
+        require_run_space(tmp_path / "not" / "there", 10**9, 35 * 10**8, keep=3)
     assert tree(tmp_path) == {}

@@ -1,8 +1,10 @@
 """The engine: its gradients against plain PyTorch's, out of memory, bad numbers, whole runs, kill -9."""
 
+import contextlib
 import dataclasses
 import json
 import math
+import shutil
 import time
 
 import kill_worker
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Spy, as_pair, gradients, relative_difference, unit
+from helpers import Spy, as_pair, gradients, little_space, relative_difference, unit
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses
 from transformers import AutoModel
@@ -183,27 +185,33 @@ def test_with_dropout_gradcache_equals_the_whole_graph_when_both_draw_the_same(t
     assert relative_difference(gradients(run.encoder), whole) > 0.05
 
 
+@contextlib.contextmanager
+def kept_for_backward():
+    """Count the numbers that all live graphs keep for the backward pass: {"alive", "peak"}."""
+    count = {"alive": 0, "peak": 0}
+
+    class Kept:
+        def __init__(self, tensor):
+            self.tensor, self.size = tensor.detach(), tensor.numel()  # detached: else a circle keeps it
+            count["alive"] += self.size
+            count["peak"] = max(count["peak"], count["alive"])
+
+        def __del__(self):
+            count["alive"] -= self.size
+
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        yield count
+
+
 def test_gradcache_holds_one_group_at_a_time(tiny_bert, pairs):
-    """The bytes that autograd keeps for the backward pass, at their highest."""
+    """What autograd keeps for the backward pass, at its highest."""
     peaks = {}
     for backward in ("whole", "gradcache"):
         config = TrainConfig(batch_size=40, max_length=128, token_budget=200, backward=backward)
-        run, alive, peak = make_run(tiny_bert, pairs, config), 0, 0
-
-        class Kept:
-            def __init__(self, tensor):
-                nonlocal alive, peak
-                self.tensor, self.size = tensor, tensor.numel()
-                alive += self.size
-                peak = max(peak, alive)
-
-            def __del__(self):
-                nonlocal alive
-                alive -= self.size
-
-        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        run = make_run(tiny_bert, pairs, config)
+        with kept_for_backward() as count:
             training.compute_gradients(run, list(range(40)))
-        peaks[backward] = peak
+        peaks[backward] = count["peak"]
     assert peaks["gradcache"] < peaks["whole"] / 5
 
 
@@ -364,9 +372,37 @@ def memory_of(encoder, limit, monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("backward", ["whole", "gradcache"])
-def test_out_of_memory_halves_the_groups_and_nothing_else(tiny_bert, pairs, backward, monkeypatch, capsys):
-    config = TrainConfig(batch_size=16, max_length=96, token_budget=1024, backward=backward)
+def test_out_of_memory_of_the_whole_graph_takes_gradcache_and_keeps_the_groups(
+    tiny_bert, pairs, monkeypatch, capsys
+):
+    """Memory follows all live graphs: halving the groups would not help, and isn't tried."""
+    config = TrainConfig(batch_size=16, max_length=96, token_budget=256)
+    batch = list(range(16))
+    run, calm = (make_run(tiny_bert, pairs[:16], config, double=True) for _ in range(2))
+    real = run.encoder.forward
+    with kept_for_backward() as whole:
+        expected = training.compute_gradients(calm, batch)
+
+    def forward(rows):  # raises as CUDA does where the graphs that are alive hold too much already
+        if count["alive"] > whole["peak"] / 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return real(rows)
+
+    monkeypatch.setattr(run.encoder, "forward", forward)
+    with kept_for_backward() as count:
+        loss, *_ = training.compute_gradients_safely(run, batch)
+    assert (run.backward, run.token_budget) == ("gradcache", 256) and count["alive"] == 0
+    assert loss == pytest.approx(expected[0], rel=1e-10)
+    assert relative_difference(gradients(run.encoder), gradients(calm.encoder)) < 1e-9
+    said = capsys.readouterr().out
+    assert "update 1: GradCache from here on, update repeated" in said and "halved" not in said
+    with kept_for_backward() as count:
+        training.compute_gradients_safely(run, batch)  # the next update does not try the whole graph again
+    assert capsys.readouterr().out == ""
+
+
+def test_out_of_memory_halves_the_groups_and_nothing_else(tiny_bert, pairs, monkeypatch, capsys):
+    config = TrainConfig(batch_size=16, max_length=96, token_budget=1024, backward="gradcache")
     batch = list(range(16))
     run, calm = (make_run(tiny_bert, pairs[:16], config, double=True) for _ in range(2))
     expected = training.compute_gradients(calm, batch)
@@ -385,7 +421,7 @@ def test_out_of_memory_halves_the_groups_and_nothing_else(tiny_bert, pairs, back
 
 def test_out_of_memory_replays_the_dropout_of_the_first_try(tiny_bert, pairs, monkeypatch):
     """A failed try draws random numbers; the repetition starts from the state before it."""
-    config = TrainConfig(batch_size=8, max_length=96, token_budget=512, dropout=0.3)
+    config = TrainConfig(batch_size=8, max_length=96, token_budget=512, dropout=0.3, backward="gradcache")
     run = make_run(tiny_bert, pairs[:8], config)
     real, fail = run.encoder.forward, [True]
 
@@ -407,7 +443,7 @@ def test_a_text_that_does_not_fit_at_all_is_an_error_that_says_so(tiny_bert, pai
     run = make_run(tiny_bert, pairs[:8], TrainConfig(batch_size=8, max_length=96, token_budget=1024))
     seen = memory_of(run.encoder, 10, monkeypatch)
     with pytest.raises(
-        TutorialError, match='single text of 96 tokens.*backward="gradcache", a smaller max_length'
+        TutorialError, match="GradCache and a single text of 96 tokens.*checkpointing=True, a smaller max_l"
     ):
         training.compute_gradients_safely(run, list(range(8)))
     assert len(seen) < 50
@@ -451,8 +487,32 @@ def test_a_finite_loss_with_a_non_finite_gradient_is_skipped_too(tiny_bert, pair
     assert all(torch.equal(w, before[name]) for name, w in weights_of(run).items())
 
 
+def test_an_overflow_of_fp16_repeats_the_batch_with_a_smaller_scale(tiny_bert, pairs):
+    """A scale of 2^140 makes every gradient infinite; halved often enough, the update is the plain one."""
+    run, twin = (make_run(tiny_bert, pairs[:16], SMALL) for _ in range(2))
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100, backoff_factor=2.0**-20)
+    for module in run.encoder.backbone.encoder.layer:  # as fp16 would: no gradient beyond 2^70
+        module.output.dense.weight.register_hook(lambda g: g.masked_fill(g.abs() > 2.0**70, math.inf))
+    for _ in range(2):
+        training.one_update(run)
+        training.one_update(twin)
+    assert run.history["repeated_updates"] == [1] and run.history["skipped_updates"] == []
+    assert run.scaler.get_scale() < 2.0**90 and run.update == 2
+    for (name, a), b in zip(run.encoder.named_parameters(), twin.encoder.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5, msg=name)
+
+
+def test_an_overflow_that_no_scale_mends_is_skipped(tiny_bert, pairs):
+    run = make_run(tiny_bert, pairs[:8], SMALL)
+    run.scaler = torch.amp.GradScaler("cpu")
+    run.encoder.backbone.encoder.layer[0].output.dense.weight.register_hook(lambda grad: grad * math.inf)
+    training.one_update(run)
+    assert run.history["skipped_updates"] == [1] and run.update == 1
+
+
 def test_too_many_bad_updates_in_a_row_stop_the_run_and_name_the_rows(tiny_bert, pairs, monkeypatch):
-    config = dataclasses.replace(SMALL, epochs=9, max_bad_updates=3)
+    config = dataclasses.replace(SMALL, epochs=9)
+    monkeypatch.setattr(training, "MAX_BAD_UPDATES", 3)
     run = make_run(tiny_bert, pairs[:16], config)
     monkeypatch.setattr(training, "batch_loss", lambda vectors, *rest: (vectors.sum() * math.nan, 0.0))
     for _ in range(3):
@@ -496,6 +556,7 @@ def test_train_leaves_what_the_tutorial_promises(model, pairs, tmp_path, request
         "epoch_acc",
         "eval",
         "skipped_updates",
+        "repeated_updates",
     }
     assert len(history["step_losses"]) == len(history["step_accs"]) == len(history["learning_rates"]) == 9
     assert history["epoch"] == [1, 2, 3] and [e["epoch"] for e in history["eval"]] == [1, 2, 3]
@@ -550,12 +611,86 @@ def test_a_finished_run_is_not_computed_again_and_says_so(tiny_bert, pairs, tmp_
         tiny_bert, pairs[:16], pairs[28:], SMALL, tmp_path / "run", progress=False
     )
     assert time.perf_counter() - begin < 5
-    assert "after update 4" in capsys.readouterr().out
+    assert "is complete: nothing was computed again" in capsys.readouterr().out
     assert history_again == history and kill_worker.contents(tmp_path / "run") == before
     assert all(
         torch.equal(a, b)
         for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True)
     )
+
+
+def test_a_finished_run_keeps_no_moments_and_needs_no_room(tiny_bert, pairs, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    training.train(tiny_bert, pairs[:16], pairs[28:], SMALL, run, progress=False)
+    assert (run / "resume.pt").stat().st_size < 20_000
+    little_space(monkeypatch, free=0)
+    training.train(tiny_bert, pairs[:16], pairs[28:], SMALL, run, progress=False)
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "exchanged", "tokenizer"])
+def test_a_finished_run_whose_model_is_not_its_own_is_refused(damage, tiny_bert, pairs, tmp_path):
+    run = tmp_path / "run"
+    training.train(tiny_bert, pairs[:16], pairs[28:], SMALL, run, progress=False)
+    weights = run / "fine-tuned" / "model.safetensors"
+    if damage == "missing":
+        shutil.rmtree(run / "fine-tuned")
+    elif damage == "tokenizer":
+        config = run / "fine-tuned" / "tokenizer_config.json"
+        config.write_text(config.read_text() + " ")
+    else:
+        new = weights.read_bytes()[:-100] if damage == "cut" else (tiny_bert / weights.name).read_bytes()
+        weights.unlink()  # it is a hard link
+        weights.write_bytes(new)
+    expected = "(is complete, but|was changed after).*Delete .*run to train again"
+    with pytest.raises(TutorialError, match=expected):
+        training.train(tiny_bert, pairs[:16], pairs[28:], SMALL, run, progress=False)
+
+
+def test_what_sets_memory_and_disk_alone_may_change_between_a_kill_and_the_next_call(
+    tiny_bert, pairs, tmp_path, capsys
+):
+    config = dataclasses.replace(SMALL, epochs=3)
+    whole, _ = training.train(tiny_bert, pairs[:16], pairs[28:], config, tmp_path / "a", progress=False)
+    training.train(tiny_bert, pairs[:16], pairs[28:], config, tmp_path / "b", progress=False, stop_after=3)
+    capsys.readouterr()
+    spare = {"backward": "gradcache", "token_budget": 96, "keep_checkpoints": 1, "save_every": 1}
+    other = dataclasses.replace(config, **spare, save_minutes=1.0, checkpointing=True)
+    assert set(training.FREE_TO_CHANGE) == {*spare, "save_minutes", "checkpointing"}
+    again, _ = training.train(tiny_bert, pairs[:16], pairs[28:], other, tmp_path / "b", progress=False)
+    assert "after update 2" in capsys.readouterr().out
+    with torch.no_grad():  # the last digits differ, and AdamW makes a step of a gradient of mere rounding
+        a, b = (embed(model, [pair["query"] for pair in pairs]) for model in (whole, again))
+    assert ((a * b).sum(dim=1) > 0.999).all()
+
+
+def test_checkpointing_gives_the_same_gradient(tiny_bert, pairs):
+    config = TrainConfig(batch_size=16, max_length=96, token_budget=300)
+    runs = [
+        make_run(tiny_bert, pairs[:16], dataclasses.replace(config, checkpointing=way), double=True)
+        for way in (False, True)
+    ]
+    for run in runs:
+        training.compute_gradients(run, list(range(16)))
+    assert runs[1].encoder.backbone.is_activation_checkpointing
+    assert relative_difference(*(gradients(run.encoder) for run in runs)) < 1e-12
+
+
+def test_states_are_saved_at_most_every_so_many_minutes(tiny_bert, pairs, tmp_path, monkeypatch):
+    clock, saves = [0.0], []
+    monkeypatch.setattr(training.time, "monotonic", lambda: clock[0])
+    real, epoch = training.save_state, training.close_epoch
+
+    def close(*args):
+        clock[0] += 60  # an epoch takes a minute
+        epoch(*args)
+
+    monkeypatch.setattr(training, "close_epoch", close)
+    monkeypatch.setattr(
+        training, "save_state", lambda folder, state: saves.append(state["update"]) or real(folder, state)
+    )
+    config = dataclasses.replace(SMALL, epochs=6, save_minutes=2.0)
+    training.train(tiny_bert, pairs[:16], pairs[28:], config, tmp_path / "run", progress=False)
+    assert saves == [4, 8, 12]  # after epochs 2 and 4, and the end
 
 
 @pytest.mark.parametrize("change", ["recipe", "data", "base"])
@@ -703,7 +838,8 @@ def test_stopping_loses_what_a_kill_loses_and_the_next_call_goes_on(
     assert (tmp_path / "run" / "fine-tuned").exists() == (stop_after == 6)
 
     encoder, history = training.train(tiny_bert, *data, config, tmp_path / "run", progress=False)
-    assert (f"Continuing {tmp_path / 'run'} after update {saved}" in capsys.readouterr().out) == (saved > 0)
+    said = "is complete" if saved == 6 else f"Continuing {tmp_path / 'run'} after update {saved}"
+    assert (said in capsys.readouterr().out) == (saved > 0)
     assert history == whole
     for a, b in zip(first.state_dict().values(), encoder.state_dict().values(), strict=True):
         assert torch.equal(a, b)
