@@ -4,6 +4,8 @@ the predecessor's padded loss, a random BGE-M3, and how much of a device's speed
 Every script imports this first: it puts the repository on the path and keeps the libraries off the hub.
 """
 
+import contextlib
+import io
 import json
 import logging
 import os
@@ -111,6 +113,17 @@ def peak_memory_gb():
         pass
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def disk_gb(folder):
+    """Disk space of a folder in GB (1e9 bytes), each file once however many names it has."""
+    files = {}
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # a temporary one
+                status = os.lstat(os.path.join(place, name))
+                files[status.st_ino] = 512 * status.st_blocks
+    return sum(files.values()) / 1e9
 
 
 def run_worker(script, arguments, **environment):
@@ -267,3 +280,90 @@ def matmul_ceiling(device, dtype, size, repeats=20):
             a @ b
         seconds.append(now(device) - begin)
     return 4 * 2 * size**3 / min(seconds)
+
+
+# ---------------------------------------------------------------- BGE-M3's files, without its weights
+
+LEARNT_PIECES = 6000  # of the tokenizer's 250,002: a pair of sanitized MBPP then has 90 tokens
+SPECIAL = {
+    "bos_token": "<s>", "cls_token": "<s>", "eos_token": "</s>", "sep_token": "</s>", "unk_token": "<unk>",
+    "pad_token": "<pad>", "mask_token": "<mask>",
+}  # fmt: skip
+
+
+def own_texts():
+    """All queries and passages that this project has written itself, in English, Chinese and Python."""
+    from embedding_tutorial.pocket_task import DATA, LANGUAGES, read_language
+
+    texts = [pair[side] for pair in read_mbpp(POCKET_PAIRS) for side in ("query", "pos_doc")]
+    for language in LANGUAGES:
+        passages, queries, _ = read_language(DATA / language)
+        texts += [row["text"] for row in [*passages, *queries]]
+    return texts
+
+
+def m3_tokenizer(folder, size):
+    """Write an XLM-RoBERTa tokenizer of `size` entries: what sentencepiece learns from our own texts, and
+    pieces that no text holds."""
+    import sentencepiece
+    import tokenizers
+
+    learnt = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([line for text in own_texts() for line in text.splitlines()]),
+        model_writer=learnt, vocab_size=LEARNT_PIECES, character_coverage=1.0, minloglevel=2, num_threads=1,
+    )  # fmt: skip
+    (folder / "sentencepiece.bpe.model").write_bytes(learnt.getvalue())
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=learnt.getvalue())
+    # fairseq's order: four special tokens, the pieces without sentencepiece's own three, the mask
+    names = ["<s>", "<pad>", "</s>", "<unk>"]
+    vocab = [(name, 0.0) for name in names]
+    vocab += [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(3, pieces.get_piece_size())]
+    vocab += [(f"▁unused{i}", -100.0) for i in range(size - 1 - len(vocab))] + [("<mask>", 0.0)]
+    unigram = tokenizers.Tokenizer(tokenizers.models.Unigram(vocab, unk_id=3))
+    unigram.normalizer = tokenizers.normalizers.NFKC()
+    splits = [tokenizers.pre_tokenizers.WhitespaceSplit(), tokenizers.pre_tokenizers.Metaspace()]
+    unigram.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(splits)
+    unigram.decoder = tokenizers.decoders.Metaspace()
+    unigram.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    names.append("<mask>")
+    marks = [tokenizers.AddedToken(name, special=True, lstrip=name == "<mask>") for name in names]
+    unigram.add_special_tokens(marks)
+    unigram.save(str(folder / "tokenizer.json"))
+    kind = {"tokenizer_class": "XLMRobertaTokenizer", "model_max_length": 8192}
+    write_json(folder / "tokenizer_config.json", SPECIAL | kind)
+    write_json(folder / "special_tokens_map.json", SPECIAL)
+
+
+def published_m3(folder, shape, weights=True):
+    """Write every file of BAAI/bge-m3 with random weights of `shape`; returns the folder.
+
+    weights=False: an empty file in their place, for what only asks for shapes.
+    """
+    from transformers import XLMRobertaConfig, XLMRobertaModel
+
+    folder, hidden = Path(folder), shape["hidden_size"]
+    (folder / "1_Pooling").mkdir(parents=True, exist_ok=True)
+    m3_tokenizer(folder, shape["vocab_size"])
+    modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
+    pooling = {f"pooling_mode_{mode}": mode == "cls_token" for mode in modes}
+    write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": hidden} | pooling)
+    kinds = enumerate((("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")))
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in kinds
+    ]
+    write_json(folder / "modules.json", modules)
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": 8192, "do_lower_case": False})
+    versions = {"__version__": {"sentence_transformers": "2.2.2"}}
+    write_json(folder / "config_sentence_transformers.json", versions)
+    numbers = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+    config = XLMRobertaConfig(**shape, **numbers, architectures=["XLMRobertaModel"])
+    config.save_pretrained(folder)
+    torch.manual_seed(0)
+    for name, size in (("colbert_linear.pt", hidden), ("sparse_linear.pt", 1)):
+        torch.save(torch.nn.Linear(hidden, size).state_dict(), folder / name)
+    torch.save(XLMRobertaModel(config).state_dict() if weights else {}, folder / "pytorch_model.bin")
+    return folder

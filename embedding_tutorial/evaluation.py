@@ -23,10 +23,11 @@ def best_passages(q, p, top_k, block=512, chunk=16_384, device="cpu"):
         best = scores[:len(part)].topk(min(top_k, len(p)), dim=1)
         yield from zip(best.values.cpu().numpy(), best.indices.cpu().numpy(), strict=True)
 
-def grades_found(q, p, passage_ids, judgements, k=10):
+def grades_found(q, p, passage_ids, judgements, k=10, device="cpu"):
     """For each query the grades of its first k passages; judgements: {passage id: grade} each."""
+    best = best_passages(q, p, k, device=device)
     return [[grades.get(passage_ids[i], 0) for i in found]
-            for (_, found), grades in zip(best_passages(q, p, k), judgements, strict=True)]
+            for (_, found), grades in zip(best, judgements, strict=True)]
 
 # %% ../02-C-MTEB_retrieval_evaluation.ipynb #n02-012
 def dcg(gains):

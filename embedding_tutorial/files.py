@@ -5,10 +5,12 @@ within one folder is atomic on POSIX and on NTFS, so a killed process or a full 
 previous version readable and at most a `.tmp` leftover, which `remove_leftovers` deletes.
 """
 
+import functools
 import hashlib
 import json
 import os
 import shutil
+import time
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -137,6 +139,25 @@ def sha256_of(path):
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def sha256_once(path):
+    """`sha256_of`, computed once per process for a file that stays as it is: same size, times and inode.
+
+    A file written in the last two seconds is hashed each time. It could change again within one tick of the
+    file system's clock, and would look the same.
+    """
+    state = os.stat(path)
+    if time.time_ns() - state.st_mtime_ns < 2_000_000_000:
+        return sha256_of(path)
+    return _remembered_sha256(
+        Path(path).absolute(), state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino
+    )
+
+
+@functools.cache
+def _remembered_sha256(path, *state):
+    return sha256_of(path)
 
 
 def text_key(texts):

@@ -21,11 +21,12 @@ from mteb.models import ModelMeta
 from mteb.results import TaskResult
 from tqdm import tqdm
 
+from . import profiles
 from .assets import t2retrieval_source
-from .encoder import Encoder, fingerprint
+from .encoder import Encoder, companions, fingerprint
 from .evaluation import best_passages
-from .files import TutorialError, data_files, relative, sha256_of
-from .finetune import mix, rank_of_positive
+from .files import TutorialError, data_files, relative, sha256_of, sha256_once
+from .finetune import rank_of_positive
 from .pocket_task import PocketT2
 from .store import StoredEncoder
 
@@ -150,6 +151,15 @@ def vector_identity(folder, max_length, precision):
     return {"model": fingerprint(folder), "max_length": max_length, "precision": precision}
 
 
+def token_identity(folder, max_length):
+    """Everything that changes the token ids of a model folder: the same for a model and its fine-tuned one.
+
+    All files beside the weights, whether they say anything about tokens or not: training copies them all.
+    """
+    files = {name: sha256_once(Path(folder) / name) for name in companions(folder)}
+    return {"files": files, "max_length": max_length}
+
+
 def in_precision(encoder, precision, device):
     """An Encoder ready to encode: for "fp16" and "bf16" its weights are in half precision (not autocast)."""
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
@@ -166,6 +176,38 @@ def stored_encoder(folder, store, max_length=512, precision="fp32", device="cpu"
         lambda: load_for_encoding(folder, max_length, precision, device),
         vector_identity(folder, max_length, precision),
         store,
+        tokens=token_identity(folder, max_length),
+        **sizes,
+    )
+
+
+def mixed(base, tuned, alpha, max_length):
+    """The Encoder (1 − alpha) · base + alpha · tuned of two model folders, on the CPU in fp32.
+
+    Computed as `finetune.mix` does, but in place, so that there are two models in memory and not three.
+    Raises TutorialError where the two do not have the same weights.
+    """
+    model, other = Encoder(base, max_length), Encoder(tuned, max_length)
+    weights, others = model.state_dict(), other.state_dict()
+    if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in others.items()}:
+        raise TutorialError(
+            f"{relative(base)} and {relative(tuned)} do not have the same weights, so nothing lies "
+            "between them. Take the model that the other one was trained from."
+        )
+    for name, w in weights.items():
+        if w.is_floating_point():
+            w.mul_(1 - alpha).add_(others[name].mul_(alpha))
+    return model
+
+
+def stored_mixture(base, tuned, alpha, store, max_length=512, precision="fp32", device="cpu", **sizes):
+    """The StoredEncoder of (1 − alpha) · base + alpha · tuned, of two model folders."""
+    ends = [vector_identity(folder, max_length, precision) for folder in (base, tuned)]
+    return StoredEncoder(
+        lambda: in_precision(mixed(base, tuned, alpha, max_length), precision, device),
+        {"alpha": alpha, "between": ends},
+        store,
+        tokens=token_identity(base, max_length),
         **sizes,
     )
 
@@ -269,15 +311,25 @@ def code_ranks(encoder, pairs, passages):
 # ---------------------------------------------------------------- what notebook 02 calls
 
 
+# What a CPU can do of the full test, and characters between two saves there: minutes of work for BGE-M3.
+CPU_SUBSET, CPU_SHARD = (50, 200), 50_000
+
+
+def default_subset(profile, device):
+    """(queries, further passages) for `subset_task`: the full profile on a CPU. None is the whole test."""
+    return CPU_SUBSET if profile.name == "full" and device == "cpu" else None
+
+
 def settings_of(profile, device, store):
-    """The settings of `stored_encoder` that a profile decides."""
+    """The settings of `stored_encoder` that profile and device decide."""
+    largest = CPU_SHARD if device == "cpu" else profile.shard_characters
     return {
         "store": store,
         "max_length": profile.retrieval_length,
-        "precision": profile.encode_precision,
+        "precision": profiles.encoding_precision(profile, device),
         "device": device,
         "token_budget": profile.encode_budget,
-        "shard_characters": profile.shard_characters,
+        "shard_characters": min(profile.shard_characters, largest),
     }
 
 
@@ -294,11 +346,12 @@ def require_models(folders):
 def evaluate_model(name, folder, task, profile, device, store):
     """Run `task` through mteb for a model folder, and drop the model again; returns its TaskResult."""
     settings = settings_of(profile, device, store)
-    identity = vector_identity(folder, profile.retrieval_length, profile.encode_precision)
+    identity = vector_identity(folder, settings["max_length"], settings["precision"])
     encoder = stored_encoder(folder, **settings)
-    result = evaluate_retrieval(f"{profile.label}-{name}", task, identity, encoder, store, device)
-    release(encoder)
-    return result
+    try:
+        return evaluate_retrieval(f"{profile.label}-{name}", task, identity, encoder, store, device)
+    finally:
+        release(encoder)
 
 
 def name_given_by_mteb(folder):
@@ -313,23 +366,20 @@ def name_given_by_mteb(folder):
     return meta.name, meta.revision
 
 
-def mixtures(base, tuned, alphas, settings):
+def mixtures(base, tuned, alphas, settings, known=None):
     """Yield (alpha, StoredEncoder) of (1 − alpha) · base + alpha · tuned; both arguments are model folders.
 
-    A mixture is only computed where vectors of it are missing. At 0 and 1 it is the model itself.
+    known: {alpha: folder} of mixtures that are a model folder already. Their vectors are that model's, as at
+    0 and 1 they are the ends'. Any other mixture is only computed where vectors of it are missing. One model
+    is in memory at a time: it is dropped when the next one is asked for.
     """
-    where = {name: settings[name] for name in ("max_length", "precision", "device")}
-    sizes = {name: settings[name] for name in ("token_budget", "shard_characters")}
-    ends = [vector_identity(folder, where["max_length"], where["precision"]) for folder in (base, tuned)]
+    folders = {0: base, 1: tuned, **(known or {})}
     for alpha in alphas:
-
-        def load(alpha=alpha):
-            model = Encoder(base, where["max_length"])
-            states = [model.state_dict(), Encoder(tuned, where["max_length"]).state_dict()]
-            model.load_state_dict(mix(states, [1 - alpha, alpha]))
-            return in_precision(model, where["precision"], where["device"])
-
-        identity = {0: ends[0], 1: ends[1]}.get(alpha, {"alpha": alpha, "between": ends})
-        encoder = StoredEncoder(load, identity, settings["store"], **sizes)
-        yield alpha, encoder
-        release(encoder)
+        if alpha in folders:
+            encoder = stored_encoder(folders[alpha], **settings)
+        else:
+            encoder = stored_mixture(base, tuned, alpha, **settings)
+        try:
+            yield alpha, encoder
+        finally:
+            release(encoder)

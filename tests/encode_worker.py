@@ -36,6 +36,8 @@ NAME = "killed"
 class Announced(StoredEncoder):
     """A StoredEncoder that says when it begins a shard and when the shard is on disk."""
 
+    tokens_from = 0  # so that a kill meets the writing of token ids as well
+
     def _encode(self, missing, shards, label):
         found = super()._encode(missing, shards, label)
         for count in range(len(missing)):
@@ -52,6 +54,7 @@ def evaluate(model, store):
         lambda: retrieval.load_for_encoding(model, SETTINGS["max_length"], "fp32", "cpu"),
         identity,
         store,
+        tokens=retrieval.token_identity(model, SETTINGS["max_length"]),
         **sizes,
     )
     result = retrieval.evaluate_retrieval(NAME, PocketT2(), identity, encoder, store)

@@ -1,12 +1,14 @@
 """Retrieval evaluation: the same vectors and scores as the libraries', and never another model's."""
 
 import dataclasses
+import gc
 import json
 import random
 import shutil
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import encode_worker
@@ -23,10 +25,11 @@ from mteb.similarity_functions import dot_score
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
-from embedding_tutorial import assets, pocket_task, retrieval, store
+from embedding_tutorial import assets, pocket_task, profiles, retrieval, store
 from embedding_tutorial.encoder import Encoder, save_model
 from embedding_tutorial.evaluation import grades_found, ndcg
 from embedding_tutorial.files import TutorialError
+from embedding_tutorial.finetune import mix
 from embedding_tutorial.pocket_task import PocketT2
 from embedding_tutorial.profiles import PROFILES
 from embedding_tutorial.retrieval import (
@@ -632,12 +635,35 @@ def settings(folder, **changes):
 
 def test_settings_are_what_the_profile_says(tmp_path):
     for profile in PROFILES.values():
-        found = retrieval.settings_of(profile, "cpu", tmp_path)
-        encoder = StoredEncoder(no_model, {}, tmp_path, found["token_budget"], found["shard_characters"])
-        assert encoder.token_budget == profile.encode_budget
-        assert encoder.shard_characters == profile.shard_characters
-        assert found["max_length"] == profile.retrieval_length
-        assert found["precision"] == profile.encode_precision
+        for device in ("cpu", "cuda"):
+            found = retrieval.settings_of(profile, device, tmp_path)
+            encoder = StoredEncoder(no_model, {}, tmp_path, found["token_budget"], found["shard_characters"])
+            assert encoder.token_budget == profile.encode_budget
+            assert found["max_length"] == profile.retrieval_length and found["device"] == device
+            assert found["precision"] == profiles.encoding_precision(profile, device)
+            if device == "cuda":
+                assert encoder.shard_characters == profile.shard_characters
+    for profile in PROFILES.values():  # a kill on a CPU costs minutes, not hours
+        assert retrieval.settings_of(profile, "cpu", tmp_path)["shard_characters"] == 50_000
+
+
+def test_the_precision_is_decided_with_the_device_and_filed(tiny_bert, small_data, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(profiles, "encoding_precision", lambda *args: asked.append(args) or "bf16")
+    profile, _ = settings(tmp_path, encode_precision="auto")
+    retrieval.evaluate_model("base", tiny_bert, PocketT2(small_data), profile, "cpu", tmp_path)
+    assert set(asked) == {(profile, "cpu")}
+    identities = [json.loads(path.read_text()) for path in tmp_path.glob("vectors/*/identity.json")]
+    assert identities == [vector_identity(tiny_bert, 64, "bf16")]
+    assert evaluate(tiny_bert, tmp_path, PocketT2(small_data), precision="bf16")
+    assert len(list(tmp_path.glob("vectors/*"))) == 1
+
+
+def test_a_cpu_takes_a_part_of_the_full_test():
+    full, pocket = PROFILES["full"], PROFILES["pocket"]
+    assert retrieval.default_subset(full, "cpu") == (50, 200)
+    assert retrieval.default_subset(full, "cuda") is None
+    assert [retrieval.default_subset(pocket, device) for device in ("cpu", "cuda", "mps")] == [None] * 3
 
 
 def test_our_own_metrics_on_our_own_search_are_mtebs(minilm, small_data, tmp_path):
@@ -692,3 +718,159 @@ def test_mixtures_are_encoded_once_and_end_in_the_models(tiny_m3, passages, tmp_
     for alpha, start, end in ((0.5, tiny_m3, tuned), (0.25, tuned, tiny_m3)):  # another mixture is no other's
         with pytest.raises(AssertionError, match="the model was loaded"):
             next(iter(mixtures(start, end, [alpha], how)))[1](texts)
+
+
+def test_a_mixture_is_computed_in_place_as_mix_does(tiny_m3, tmp_path):
+    tuned = retrained(tiny_m3, tmp_path / "tuned")
+    states = [Encoder(folder, 64).state_dict() for folder in (tiny_m3, tuned)]
+    for alpha in (0.25, 0.5, 0.9):
+        found = retrieval.mixed(tiny_m3, tuned, alpha, 64).state_dict()
+        expected = mix(states, [1 - alpha, alpha])
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], w) for name, w in expected.items())
+
+
+def test_two_models_of_different_shapes_have_nothing_between_them(tiny_m3, tiny_bert):
+    with pytest.raises(TutorialError, match="tiny-m3 and .*tiny-bert do not have the same weights"):
+        retrieval.mixed(tiny_m3, tiny_bert, 0.5, 64)
+
+
+# ---------------------------------------------------------------- one model at a time, each text once
+
+
+@pytest.fixture
+def alive(monkeypatch):
+    """() → how many Encoders that retrieval has loaded are still in memory."""
+    loaded = []
+
+    def load(*args):
+        encoder = Encoder(*args)
+        loaded.append(weakref.ref(encoder))
+        return encoder
+
+    def count():
+        gc.collect()
+        return sum(ref() is not None for ref in loaded)
+
+    monkeypatch.setattr(retrieval, "Encoder", load)
+    return count
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """How many texts went through a model, call by call."""
+    counts, embed = [], store.embed
+    monkeypatch.setattr(
+        store, "embed", lambda encoder, rows, *rest: counts.append(len(rows)) or embed(encoder, rows, *rest)
+    )
+    return counts
+
+
+def test_notebook_02_encodes_each_text_once_for_each_model(
+    tiny_m3, small_data, pairs, tmp_path, monkeypatch, alive, encoded
+):
+    """The calls of notebook 02 in its order; at full size it has the three models alone."""
+    run, where = tmp_path / "run", tmp_path / "store"
+    retrained(tiny_m3, run / "fine-tuned")
+    save_model(retrieval.mixed(tiny_m3, run / "fine-tuned", 0.5, 64), run / "merged")
+    folders = {"base": tiny_m3, "fine-tuned": run / "fine-tuned", "merged": run / "merged"}
+    monkeypatch.setattr(StoredEncoder, "tokens_from", 0)
+    tokenised, tokenize = [], Encoder.tokenize
+    monkeypatch.setattr(
+        Encoder, "tokenize", lambda self, texts: tokenised.append(len(texts)) or tokenize(self, texts)
+    )
+    task = PocketT2(small_data)
+    profile, how = settings(where)
+    task.load_data()
+    queries, passages, ids, judgements = retrieval.split_of(task, "en")
+    codes = sorted({pair["pos_doc"] for pair in pairs})
+
+    def ndcg_of(encoder):
+        lists = grades_found(encoder(queries, "queries"), encoder(passages, "passages"), ids, judgements)
+        return np.mean([ndcg(f, list(j.values())) for f, j in zip(lists, judgements, strict=True)])
+
+    def filed_ndcg(name):
+        result = retrieval.evaluate_model(name, folders[name], task, profile, "cpu", where)
+        assert alive() == 0
+        return metric_table(result, "en")["nDCG"][10]
+
+    base = stored_encoder(folders["base"], **how)
+    found = {"base": ndcg_of(base)}
+    assert alive() == 1
+    release(base)
+    scores = {"base": filed_ndcg("base")}
+    scores["fine-tuned"] = filed_ndcg("fine-tuned")
+    found["fine-tuned"] = ndcg_of(stored_encoder(folders["fine-tuned"], **how))
+    assert alive() == 0  # read from disk
+    line = {}
+    known = {0.5: folders["merged"]}
+    for alpha, mixture in retrieval.mixtures(tiny_m3, folders["fine-tuned"], (0, 0.5, 1), how, known):
+        assert alive() == 0
+        code_ranks(mixture, pairs, codes)
+        line[alpha] = ndcg_of(mixture)
+        assert alive() == 1
+    assert alive() == 0
+    before = sum(encoded)
+    scores["merged"] = filed_ndcg("merged")
+
+    task.load_data()
+    texts = sum(len(split["dev"][part]) for split in task.dataset.values() for part in ("queries", "corpus"))
+    other_language = texts - len(queries) - len(passages)
+    code_texts = len(pairs) + len(codes)
+    assert before == 3 * (texts + code_texts) - other_language  # mteb also asks for Chinese of merged
+    assert sum(encoded) == 3 * (texts + code_texts)
+    assert sum(tokenised) == texts + code_texts
+    assert line[0] == found["base"] and line[1] == found["fine-tuned"]
+    assert list(scores.values()) == pytest.approx([line[0], line[1], line[0.5]], abs=1e-5)
+
+
+def test_a_mixture_that_nobody_saved_is_not_the_known_one(tiny_m3, passages, tmp_path, monkeypatch, encoded):
+    tuned = retrained(tiny_m3, tmp_path / "tuned")
+    save_model(retrieval.mixed(tiny_m3, tuned, 0.5, 64), tmp_path / "merged")
+    _, how = settings(tmp_path / "store")
+    known = {0.5: tmp_path / "merged"}
+    monkeypatch.setattr(StoredEncoder, "tokens_from", 0)
+    alphas, texts = (0.25, 0.5, 0.75), passages[:10]
+    found = {a: e(texts) for a, e in retrieval.mixtures(tiny_m3, tuned, alphas, how, known)}
+    assert len(encoded) == 3 and len(list(tmp_path.glob("store/tokens/*"))) == 1
+    monkeypatch.setattr(Encoder, "tokenize", lambda *args: no_model())  # a mixture has the ends' tokenizer
+    assert np.array_equal(found[0.5], stored_encoder(known[0.5], **how)(texts)) and len(encoded) == 3
+    unknown = {a: e(texts) for a, e in retrieval.mixtures(tiny_m3, tuned, alphas, how)}
+    assert len(encoded) == 4  # 0.5 alone, under an identity of its own
+    assert all(np.array_equal(found[alpha], unknown[alpha]) for alpha in alphas)
+
+
+def test_a_mixture_needs_two_models_in_memory_and_one_on_the_device(
+    tiny_m3, passages, tmp_path, monkeypatch, alive
+):
+    tuned, seen = retrained(tiny_m3, tmp_path / "tuned"), {"load": [], "move": []}
+    load, move = retrieval.Encoder, retrieval.in_precision
+    monkeypatch.setattr(retrieval, "Encoder", lambda *args: seen["load"].append(alive()) or load(*args))
+    monkeypatch.setattr(retrieval, "in_precision", lambda *args: seen["move"].append(alive()) or move(*args))
+    _, how = settings(tmp_path / "store")
+    for _, mixture in retrieval.mixtures(tiny_m3, tuned, (0, 0.25, 0.75, 1), how):
+        mixture(passages[:5])
+        assert alive() == 1
+    assert seen["load"] == [0, 0, 1, 0, 1, 0]  # others in memory when a model is read
+    assert seen["move"] == [1, 1, 1, 1] and alive() == 0
+
+
+def test_a_loop_over_mixtures_that_ends_early_leaves_no_model(tiny_m3, passages, tmp_path, alive):
+    _, how = settings(tmp_path)
+    for _, mixture in retrieval.mixtures(tiny_m3, retrained(tiny_m3, tmp_path / "tuned"), (0, 0.5), how):
+        mixture(passages[:5])
+        break
+    assert alive() == 0
+
+
+def test_an_evaluation_that_fails_leaves_no_model(tiny_bert, small_data, tmp_path, monkeypatch, alive):
+    profile, _ = settings(tmp_path)
+
+    def out_of_memory(*args, **kwargs):
+        assert alive() == 1
+        raise torch.OutOfMemoryError("as a GPU would")
+
+    monkeypatch.setattr(retrieval, "best_passages", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        retrieval.evaluate_model("base", tiny_bert, PocketT2(small_data), profile, "cpu", tmp_path)
+    assert alive() == 0

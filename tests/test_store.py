@@ -3,16 +3,23 @@
 import hashlib
 import io
 import json
+import os
 import random
+import shutil
+import time
 
 import numpy as np
 import pytest
-from helpers import Command, die, largest_file, tree
+import torch
+from helpers import Command, Spy, die, largest_file, tree
 from sentence_transformers import SentenceTransformer
 
+from embedding_tutorial import files
 from embedding_tutorial import store as stored
-from embedding_tutorial.retrieval import stored_encoder, vector_identity
-from embedding_tutorial.store import DIGEST, StoredEncoder, VectorStore, cut_into_shards
+from embedding_tutorial.encoder import Encoder, companions, fingerprint, save_model
+from embedding_tutorial.profiles import PROFILES
+from embedding_tutorial.retrieval import load_for_encoding, stored_encoder, token_identity, vector_identity
+from embedding_tutorial.store import DIGEST, StoredEncoder, TokenStore, VectorStore, cut_into_shards
 
 pytestmark = pytest.mark.usefixtures("no_network")
 
@@ -250,3 +257,225 @@ def test_a_damaged_shard_alone_is_encoded_again(tiny_bert, passages, tmp_path, c
     assert len(encoded) == 1
     assert f"Shard {victim.name} is damaged" in said and "encoding it again" in said
     assert victim.read_bytes() == data
+
+
+# ---------------------------------------------------------------- token ids on disk
+
+
+@pytest.fixture
+def tokenised(monkeypatch):
+    """What Encoder.tokenize was asked for, with token ids kept of every shard."""
+    spy = Spy(Encoder.tokenize)
+    monkeypatch.setattr(Encoder, "tokenize", lambda self, texts: spy(self, texts))
+    monkeypatch.setattr(StoredEncoder, "tokens_from", 0)
+    return spy.calls
+
+
+@pytest.fixture(scope="module")
+def tuned_bert(tiny_bert, tmp_path_factory):
+    """tiny_bert with other weights, saved as training saves it."""
+    model = Encoder(tiny_bert, 64)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight *= 1.5
+    save_model(model, folder := tmp_path_factory.mktemp("tuned") / "model")
+    return folder
+
+
+def without_tokens(folder, store, length=64):
+    """The StoredEncoder as it would be if nobody kept token ids."""
+    identity = vector_identity(folder, length, "fp32")
+    return StoredEncoder(
+        lambda: load_for_encoding(folder, length, "fp32", "cpu"), identity, store, shard_characters=1_500
+    )
+
+
+def test_the_second_model_tokenises_nothing(tiny_bert, tuned_bert, passages, tmp_path, tokenised):
+    texts, store = passages[:60], tmp_path / "store"
+    expected = [without_tokens(folder, tmp_path / "plain")(texts) for folder in (tiny_bert, tuned_bert)]
+    tokenised.clear()
+    found, calls = [], []
+    for folder in (tiny_bert, tuned_bert):
+        found.append(stored_encoder(folder, store, 64, shard_characters=1_500)(texts))
+        calls.append(len(tokenised))
+    shards = len(list(store.glob("tokens/*/*.npy")))
+    assert calls == [shards, shards] and shards > 3
+    assert [np.array_equal(*pair) for pair in zip(found, expected, strict=True)] == [True, True]
+    assert not np.array_equal(*found)
+    vectors = {path.name for path in store.glob("vectors/*/*.npy")}
+    assert vectors == {path.name for path in store.glob("tokens/*/*.npy")}  # by the texts alone
+
+
+@pytest.mark.parametrize("change", ["max_length", "tokenizer_config.json", "vocab.txt", "config.json"])
+def test_another_tokenizer_has_token_ids_of_its_own(tiny_bert, passages, tmp_path, tokenised, change):
+    texts, store, folder, length = passages[:20], tmp_path / "store", tiny_bert, 64
+    stored_encoder(tiny_bert, store, 64)(texts)
+    first = len(tokenised)
+    if change == "max_length":
+        length = 12
+    else:
+        folder = shutil.copytree(tiny_bert, tmp_path / "model")
+        with open(folder / change, "a") as file:
+            file.write("\n")
+    found = stored_encoder(folder, store, length)(texts)
+    assert len(tokenised) == 2 * first and len(list(store.glob("tokens/*"))) == 2
+    assert np.array_equal(found, without_tokens(folder, tmp_path / "plain", length)(texts))
+
+
+def test_identity_of_a_tokenizer(tiny_m3, tiny_bert, tuned_bert):
+    assert token_identity(tiny_bert, 64) == token_identity(tuned_bert, 64)
+    assert fingerprint(tiny_bert) != fingerprint(tuned_bert)
+    identity = token_identity(tiny_m3, 64)
+    assert identity["files"].keys() == set(companions(tiny_m3)) and identity["max_length"] == 64
+    assert {"tokenizer.json", "sentencepiece.bpe.model", "config.json"} <= identity["files"].keys()
+
+
+def test_token_ids_come_back_as_they_were(tmp_path):
+    draw, store = random.Random(0), TokenStore(tmp_path, {})
+    for n in range(20):
+        rows = [[draw.randrange(250_002) for _ in range(draw.randrange(9))] for _ in range(n % 5 + 1)]
+        store.save(f"{n}", rows)
+        assert store.load(f"{n}", len(rows)) == rows
+    assert store.load("absent", 3) is None
+
+
+def with_checksum(array):
+    np.save(buffer := io.BytesIO(), np.asarray(array))
+    return buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["truncated", "empty", "one bit", "fewer ids", "fewer texts", "negative", "floats", "one number"],
+)
+def test_damaged_token_ids_are_reported_and_made_again(
+    tiny_bert, tuned_bert, passages, tmp_path, tokenised, capsys, damage
+):
+    texts, store = passages[:60], tmp_path / "store"
+    expected = without_tokens(tuned_bert, tmp_path / "plain")(texts)
+    stored_encoder(tiny_bert, store, 64, shard_characters=1_500)(texts)
+    victim = sorted(store.glob("tokens/*/*.npy"))[1]
+    whole, flat = victim.read_bytes(), np.load(victim)
+    broken = {
+        "truncated": whole[:-100],
+        "empty": b"",
+        "one bit": whole[:300] + bytes([whole[300] ^ 1]) + whole[301:],
+        "fewer ids": with_checksum(flat[:-1]),
+        "fewer texts": with_checksum(flat[:1]),
+        "negative": with_checksum([flat[0] - 999, flat[1] + 999, *flat[2:]]),
+        "floats": with_checksum(flat.astype(np.float32)),
+        "one number": with_checksum(flat[0]),
+    }
+    victim.write_bytes(broken[damage])
+    tokenised.clear()
+    capsys.readouterr()
+    assert np.array_equal(stored_encoder(tuned_bert, store, 64, shard_characters=1_500)(texts), expected)
+    said = capsys.readouterr().out
+    assert f"Shard {victim.name} is damaged (" in said and "): tokenising it again." in said
+    assert len(tokenised) == 1 and victim.read_bytes() == whole
+
+
+def test_small_shards_leave_no_token_ids(tiny_bert, passages, tmp_path):
+    pocket, full = (PROFILES[name].shard_characters for name in ("pocket", "full"))
+    assert pocket < StoredEncoder.tokens_from < full
+    stored_encoder(tiny_bert, tmp_path, 64, shard_characters=pocket)(passages[:250])
+    assert [path.name for path in tmp_path.iterdir()] == ["vectors"]
+
+
+# ---------------------------------------------------------------- fingerprints
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """The names of the files that were hashed, in order."""
+    spy = Spy(files.sha256_of)
+    monkeypatch.setattr(files, "sha256_of", spy)
+    return spy.calls
+
+
+@pytest.fixture
+def old_model(tiny_m3, tmp_path):
+    """A model folder that nobody has touched for ten seconds."""
+    folder = shutil.copytree(tiny_m3, tmp_path / "model")
+    for path in folder.rglob("*"):
+        age(path)
+    return folder
+
+
+def age(path, seconds=10):
+    os.utime(path, ns=(time.time_ns(), time.time_ns() - seconds * 1_000_000_000))
+
+
+def test_an_unchanged_model_is_read_once_per_process(old_model, hashed, monkeypatch):
+    first = fingerprint(old_model)
+    assert len(hashed) == len(companions(old_model)) + 1  # and the weights
+    monkeypatch.chdir(old_model.parent)
+    for folder in (old_model, str(old_model), "model"):
+        assert vector_identity(folder, 64, "fp32")["model"] == fingerprint(folder) == first
+    token_identity(old_model, 64)
+    assert len(hashed) == len(companions(old_model)) + 1
+
+
+def other_size(path, content):
+    path.write_bytes(content + b" ")
+    age(path, 10)
+
+
+def other_time(path, content):
+    path.write_bytes(flipped(content))
+    age(path, 5)
+
+
+def swapped_by_a_rename(path, content):
+    """As `atomic_file` does, with size and time of the old one."""
+    state = path.stat()
+    (new := path.with_name("new.tmp")).write_bytes(flipped(content))
+    os.utime(new, ns=(state.st_atime_ns, state.st_mtime_ns))
+    os.replace(new, path)
+
+
+def written_in_place_and_dated_back(path, content):
+    state = path.stat()
+    path.write_bytes(flipped(content))
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
+def flipped(content):
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+@pytest.mark.parametrize(
+    "change", [other_size, other_time, swapped_by_a_rename, written_in_place_and_dated_back]
+)
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "tokenizer.json"])
+def test_a_changed_file_alone_is_read_again(old_model, hashed, name, change):
+    before = fingerprint(old_model)
+    hashed.clear()
+    change(old_model / name, (old_model / name).read_bytes())
+    after = fingerprint(old_model)
+    assert after != before and [str(path) for (path,) in hashed] == [str(old_model / name)]
+    assert fingerprint(old_model) == after and len(hashed) == 1
+    shutil.copytree(old_model, old_model.parent / "fresh")
+    assert fingerprint(old_model.parent / "fresh") == after
+
+
+def test_two_changes_within_one_tick_are_both_seen(old_model, hashed):
+    """A clock of the file system stands still between two ticks: state and size are then the same."""
+    path = old_model / "tokenizer_config.json"
+    content = path.read_bytes()
+    stamp = time.time_ns()
+    found = set()
+    for text in (content, flipped(content)):
+        path.write_bytes(text)
+        os.utime(path, ns=(stamp, stamp))
+        found |= {fingerprint(old_model), fingerprint(old_model)}
+    assert len(found) == 2 and sum(str(call[0]) == str(path) for call in hashed) == 4
+
+
+def test_a_new_file_is_part_of_the_fingerprint_at_once(old_model, hashed):
+    before = fingerprint(old_model)
+    hashed.clear()
+    (old_model / "vocab.txt").write_text("one more file")
+    assert fingerprint(old_model) != before and len(hashed) == 1
+    (old_model / "vocab.txt").unlink()
+    assert fingerprint(old_model) == before and len(hashed) == 1
