@@ -282,7 +282,7 @@ def matmul_ceiling(device, dtype, size, repeats=20):
     return 4 * 2 * size**3 / min(seconds)
 
 
-# ---------------------------------------------------------------- BGE-M3's files, without its weights
+# ---------------------------------------------------------------- BGE-M3's files, with random weights
 
 LEARNT_PIECES = 6000  # of the tokenizer's 250,002: a pair of sanitized MBPP then has 90 tokens
 SPECIAL = {
@@ -337,11 +337,8 @@ def m3_tokenizer(folder, size):
     write_json(folder / "special_tokens_map.json", SPECIAL)
 
 
-def published_m3(folder, shape, weights=True):
-    """Write every file of BAAI/bge-m3 with random weights of `shape`; returns the folder.
-
-    weights=False: an empty file in their place, for what only asks for shapes.
-    """
+def published_m3(folder, shape):
+    """Write every file of BAAI/bge-m3 with random weights of `shape`; returns the folder."""
     from transformers import XLMRobertaConfig, XLMRobertaModel
 
     folder, hidden = Path(folder), shape["hidden_size"]
@@ -365,5 +362,5 @@ def published_m3(folder, shape, weights=True):
     torch.manual_seed(0)
     for name, size in (("colbert_linear.pt", hidden), ("sparse_linear.pt", 1)):
         torch.save(torch.nn.Linear(hidden, size).state_dict(), folder / name)
-    torch.save(XLMRobertaModel(config).state_dict() if weights else {}, folder / "pytorch_model.bin")
+    torch.save(XLMRobertaModel(config).state_dict(), folder / "pytorch_model.bin")
     return folder

@@ -134,7 +134,7 @@ def ladder(args):
     import memory_ladder
 
     pairs = split_pairs(read_mbpp(args.data), common.RECIPE.seed)[0]
-    return {"ladder": memory_ladder.ladder(args.base, pairs, args.device, args.batch_size)}
+    return {"kind": "counted", "ladder": memory_ladder.ladder(args.base, pairs, args.device, args.batch_size)}
 
 
 def peer(name, **options):
@@ -172,14 +172,10 @@ PEERS = {
 ALL = STAGES | PEERS
 
 
-# ---------------------------------------------------------------- one process per stage
-
-
 def worker(args, name, path=None):
     """One stage in this process: its row, also written to `path`."""
     begin = time.perf_counter()
-    kind = "counted" if name == "ladder" else "measured"
-    row = {"name": ALL[name][0], "kind": kind, **(ALL[name][1](args) or {})}
+    row = {"name": ALL[name][0], "kind": "measured", **(ALL[name][1](args) or {})}
     if args.device != "cpu":
         row["gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
     row |= {"seconds": time.perf_counter() - begin, "peak_gb": common.peak_memory_gb()}
@@ -252,8 +248,8 @@ def readme_text(result, title):
     return f"""## A rehearsal at full size
 
 `{result["command"]}`: {built["parameters"]:,} random weights in BGE-M3's files, a tokenizer of
-{built["vocabulary"]:,} entries ({built["tokens per pair"]:.0f} tokens in a pair), trained on {settings["device"]}
-as the `full` profile does there, in {stages["resumed"]["precision"]}: {settings["updates"]} updates of
+{built["vocabulary"]:,} entries ({built["tokens per pair"]:.0f} tokens in a pair), trained as `full` trains on
+{settings["device"]}, in {stages["resumed"]["precision"]}: {settings["updates"]} updates of
 {settings["batch_size"]} pairs of {settings["data"]}. Each stage is a process of its own, whose memory
 includes Python and the libraries. Machine: {result["machine"]["summary"]}.
 
@@ -266,7 +262,7 @@ No number of a vector differs there from ours by more than {max(found.values()):
 
 ![{title}](../images/memory_ladder.png)
 
-{common.markdown_table(["one update; each line adds to the one above", "GB at the peak", ""], rungs)}
+{common.markdown_table(["one update; the ideas add up", "GB at the peak", ""], rungs)}
 
 Where the update takes less than loading the model does, the peak is the loading's.
 """

@@ -34,7 +34,7 @@ from embedding_tutorial.files import read_json
 from embedding_tutorial.finetune import TrainConfig, batch_of, updates_per_epoch
 from embedding_tutorial.profiles import PROFILES
 
-aten = torch.ops.aten
+aten, BUDGET = torch.ops.aten, PROFILES["full"].token_budget
 
 
 class Counter(TorchDispatchMode):
@@ -153,11 +153,11 @@ GRADCACHE, AGAIN = {"backward": "gradcache"}, {"backward": "gradcache", "checkpo
 RUNGS = [
     Rung("padded, half precision, dropout 0.1", {"dropout": None}, False, padded=True),
     Rung("packed, no dropout", {}, False),
-    Rung("GradCache, groups of 2,048 tokens", GRADCACHE, False),
+    Rung(f"GradCache, groups of {BUDGET:,} tokens", GRADCACHE, False),
     Rung("only the word rows that occur", GRADCACHE),
     Rung("each layer computed again", AGAIN),
     Rung("Adafactor instead of AdamW", AGAIN, change=with_adafactor),
-    Rung("LoRA of rank 16 instead of all weights", AGAIN, change=with_lora),
+    Rung("LoRA of rank 16, with AdamW", AGAIN, change=with_lora),
 ]
 
 
@@ -171,7 +171,7 @@ def heaviest(data, config):
 
 def two_updates(rung, folder, pairs, device, batch_size, peak, reset):
     """Bytes at the peak: (while loading, in the second update; the first one makes the moments)."""
-    sizes = {"token_budget": PROFILES["full"].token_budget, "batch_size": batch_size}
+    sizes = {"token_budget": BUDGET, "batch_size": batch_size}
     config, read = TrainConfig(precision="bf16", **sizes, **rung.options), () if rung.small_table else None
     reset()
     run = engine.start_run(folder, lambda encoder: tokenize_pairs(encoder, pairs), config, device, read)
@@ -185,7 +185,7 @@ def two_updates(rung, folder, pairs, device, batch_size, peak, reset):
     if device == "meta" and config.checkpointing:  # a layer is computed again outside its autocast
         options = {"use_reentrant": False, "preserve_rng_state": False}
         options["context_fn"] = lambda: (contextlib.nullcontext(), CudaAutocast())
-        run.encoder.backbone.gradient_checkpointing_enable(options)
+        run.encoder.backbone.activation_checkpointing_enable(options)
     run.encoder.train()
     loading, update = peak(), heaviest(run.data, config)
     for run.update in (update, update):

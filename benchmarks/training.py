@@ -225,8 +225,9 @@ def flagembedding(work, recorder, extra=()):
         runner.trainer.train()
 
 
-def start_ours(model, pairs, config, device="cpu"):
-    run = engine.start_run(model, lambda encoder: engine.tokenize_pairs(encoder, pairs), config, device, ())
+def start_ours(model, pairs, config, device="cpu", read=()):
+    """A run as `train` starts it. read=None: with the whole word table, to compare its gradient."""
+    run = engine.start_run(model, lambda encoder: engine.tokenize_pairs(encoder, pairs), config, device, read)
     run.encoder.train()
     return run
 
@@ -287,7 +288,8 @@ def differences(model, pairs, kind):
         return total, gradient_of(encoder)
 
     def mine(**options):
-        run = start_ours(model, pairs, dataclasses.replace(RECIPE, mask_duplicates=False, **options))
+        config = dataclasses.replace(RECIPE, mask_duplicates=False, **options)
+        run = start_ours(model, pairs, config, read=None)
         run.encoder.to(kind)
         torch.manual_seed(0)
         return engine.compute_gradients(run, list(range(len(pairs))))[0], gradient_of(run.encoder)
