@@ -27,7 +27,7 @@ bench: .venv/.dev
 	$(BIN)/python benchmarks/encoding.py
 	$(BIN)/python benchmarks/search.py
 
-# Goes on where it stopped; from nothing it takes about seven hours on 2 cores (the sum of the cells in the two results).
+# Goes on where it stopped; from nothing it takes about nine hours on 2 cores (half the sum of the cells in the two results: two run at a time).
 study: .venv/.dev
 	$(BIN)/python benchmarks/study.py
 	$(BIN)/python benchmarks/study.py --data data/pocket_mbpp.json --out benchmarks/results/study_pocket.json --only base default rewrites

@@ -76,7 +76,7 @@ PROFILES = {
         name="full", model="BAAI/bge-m3", label="BGE-M3", pairs="sanitized MBPP",
         retrieval="T2Retrieval", precision="auto", token_budget=2048, encode_budget=32_768,
         encode_precision="auto", retrieval_length=8192, shard_characters=2_000_000, learning_rate=2e-5,
-        minutes="not measured by us; the predecessor's run took 5 min of training and 6 h of T2Retrieval",
+        minutes="not measured by us; the original article's run: 5 min of training, 6 h of T2Retrieval",
         minutes_cpu="about 2 to 10 min of training on 2 cores (see benchmarks/full_size.py); "
                     "T2Retrieval on a subset",
         memory="about 8 GB of the GPU, by count: not measured by us", memory_cpu="about 10 GB of RAM",

@@ -28,8 +28,8 @@ def signature(code):
 
 
 def short_label(pair):
-    """A pair's first words, for an axis."""
-    return " ".join(pair["query"].split()[:5]) + " …"
+    """A pair's first words, for an axis; of a text without spaces its first characters."""
+    return " ".join(pair["query"].split()[:5])[:44] + " …"
 
 
 def interval(triple, sign=False):

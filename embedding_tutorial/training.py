@@ -38,7 +38,8 @@ from .finetune import (
     learning_rate,
     updates_per_epoch,
 )
-from .runs import load_state, prune, require_run_space, save_state
+from .profiles import device_of_this_machine
+from .runs import keep_weights_only, load_state, prune, require_run_space, save_state
 from .words import keep_rows, put_back
 
 STATE_FORMAT = 2  # raised when a state of an earlier version can't be continued
@@ -210,9 +211,10 @@ def one_update(run):
 
 def run_identity(base, train_pairs, val_pairs, config):
     """What a saved state must match to be continued: what decides the result, base weights, data."""
-    texts = [json.dumps(pair, sort_keys=True) for pair in [*train_pairs, *val_pairs]]
+    sides = ([json.dumps(pair, sort_keys=True) for pair in side] for side in (train_pairs, val_pairs))
     recipe = {name: v for name, v in dataclasses.asdict(config).items() if name not in FREE_TO_CHANGE}
-    return {**recipe, "base": fingerprint(base), "data": text_key(texts), "format": STATE_FORMAT}
+    data = " ".join(map(text_key, sides))
+    return {**recipe, "base": fingerprint(base), "data": data, "format": STATE_FORMAT}
 
 
 def save_run(run, folder, identity):
@@ -307,7 +309,8 @@ def open_run(base, train_pairs, val_pairs, config, folder, device, state):
     read = [text for pair in val_pairs for text in (pair["query"], pair["pos_doc"])]
     run = start_run(base, lambda encoder: tokenize_pairs(encoder, train_pairs), config, device, read)
     trained = sum(w.numel() * w.element_size() for w in run.encoder.parameters())
-    require_run_space(folder, weights_file(base).stat().st_size, 3 * trained, config.keep_checkpoints)
+    sizes = weights_file(base).stat().st_size, 3 * trained, config.keep_checkpoints
+    require_run_space(folder, *sizes, goes_on=state is not None)
     if state:
         restore_run(run, state)
         print(
@@ -317,7 +320,7 @@ def open_run(base, train_pairs, val_pairs, config, folder, device, state):
     return run
 
 
-def open_folder(folder, changed):
+def open_folder(folder, changed, goes_on):
     """An empty or tidy run folder. changed: the settings in which the run that lies there differs, if any."""
     if changed:
         aside = folder.with_name(folder.name + ".previous")
@@ -327,6 +330,8 @@ def open_folder(folder, changed):
         )
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
+    if not goes_on:  # checkpoints of a run that ended before its first state
+        keep_weights_only(folder)
 
 
 def close_epoch(run, epoch, val_pairs, folder, identity):
@@ -360,21 +365,23 @@ def close_epoch(run, epoch, val_pairs, folder, identity):
         save_run(run, folder, identity)
 
 
-def train(base, train_pairs, val_pairs, config, folder, device="cpu", progress=True, stop_after=None):
+def train(base, train_pairs, val_pairs, config, folder, device=None, progress=True, stop_after=None):
     """Fine-tune `base` on pairs and leave the run in `folder`; continues a run that was interrupted.
 
+    device: "cpu", "cuda" or "cuda:1"; None: what `profiles.choose_device` takes.
     stop_after: updates after which to stop dead, as a kill would: what was not saved by then is lost.
     Returns (encoder, history). Raises TutorialError before the first update when something is wrong.
     """
-    folder = Path(folder)
+    folder, device = Path(folder), device or device_of_this_machine()
     check_before_training(base, train_pairs, val_pairs, config, folder, device)
     identity = run_identity(base, train_pairs, val_pairs, config)
     state = load_state(folder) if folder.exists() else None
     changed = [name for name in identity if state and state["identity"].get(name) != identity[name]]
     if state and "fine-tuned" in state and not changed:
         return finished_run(state, folder, config, device)
-    run = open_run(base, train_pairs, val_pairs, config, folder, device, None if changed else state)
-    open_folder(folder, changed)
+    state = None if changed else state
+    run = open_run(base, train_pairs, val_pairs, config, folder, device, state)
+    open_folder(folder, changed, goes_on=state is not None)
     sizes = {"train_pairs": len(train_pairs), "val_pairs": len(val_pairs)}
     write_json(folder / "config.json", {**dataclasses.asdict(config), **identity, **sizes})
     per_epoch = updates_per_epoch(len(train_pairs), config)

@@ -44,6 +44,11 @@ def test_averaged_with_rewrites_has_folders_of_its_own(tiny_bert, pairs, tmp_pat
     assert plain["data"] != rewritten["data"] and plain["train_pairs"] == rewritten["train_pairs"] == 8
 
 
+def test_labels_are_short_in_any_language():
+    assert reports.short_label(as_pair("Sum the first numbers of a list", "")) == "Sum the first numbers of …"
+    assert len(reports.short_label(as_pair("怎样把一个列表倒过来" * 20, ""))) == 46
+
+
 def test_the_queries_that_moved_most_are_named_with_what_was_found():
     pairs = [as_pair(f"query {i}", f"import re\n\ndef code_{i}(x):\n    return x") for i in range(4)]
     code = [pair["pos_doc"] for pair in pairs]

@@ -693,23 +693,25 @@ def test_states_are_saved_at_most_every_so_many_minutes(tiny_bert, pairs, tmp_pa
     assert saves == [4, 8, 12]  # after epochs 2 and 4, and the end
 
 
-@pytest.mark.parametrize("change", ["recipe", "data", "base"])
+@pytest.mark.parametrize("change", ["recipe", "data", "cut", "base"])
 def test_other_settings_move_the_old_run_aside(change, tiny_bert, tiny_m3, pairs, tmp_path, capsys):
     run, short = tmp_path / "run", dataclasses.replace(SMALL, epochs=1)
-    training.train(tiny_bert, pairs[:16], pairs[28:], short, run, progress=False)
+    first = pairs[:20] if change == "cut" else pairs[:16]  # the same list of pairs, cut elsewhere
+    held_out = pairs[20:32] if change == "cut" else pairs[28:]
+    training.train(tiny_bert, first, held_out, short, run, progress=False)
     old = kill_worker.contents(run)
     capsys.readouterr()
     recipe = dataclasses.replace(short, temperature=0.1) if change == "recipe" else short
     training.train(
         tiny_m3 if change == "base" else tiny_bert,
-        pairs[1:17] if change == "data" else pairs[:16],
-        pairs[28:],
+        {"data": pairs[1:17], "cut": pairs[:24]}.get(change, pairs[:16]),
+        held_out[4:] if change == "cut" else held_out,
         recipe,
         run,
         progress=False,
     )
     assert kill_worker.contents(tmp_path / "run.previous") == old != kill_worker.contents(run)
-    name = "temperature" if change == "recipe" else change
+    name = {"recipe": "temperature", "cut": "data"}.get(change, change)
     assert f"had other settings ({name}): moved to run.previous" in capsys.readouterr().out
 
 
