@@ -382,6 +382,7 @@ def train(base, train_pairs, val_pairs, config, folder, device=None, progress=Tr
     state = None if changed else state
     run = open_run(base, train_pairs, val_pairs, config, folder, device, state)
     open_folder(folder, changed, goes_on=state is not None)
+    del state  # as large as the weights
     sizes = {"train_pairs": len(train_pairs), "val_pairs": len(val_pairs)}
     write_json(folder / "config.json", {**dataclasses.asdict(config), **identity, **sizes})
     per_epoch = updates_per_epoch(len(train_pairs), config)

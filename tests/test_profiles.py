@@ -242,7 +242,7 @@ def test_the_settings_are_fields_of_the_training(monkeypatch):
     instructions(monkeypatch)
     full, pocket = (TrainConfig(**profile.config("cpu")) for profile in (FULL, POCKET))
     assert (full.backward, full.keep_checkpoints, full.save_minutes) == ("gradcache", 1, 5.0)
-    assert (full.learning_rate, full.token_budget, full.precision) == (2e-5, 2048, "fp32")
+    assert (full.learning_rate, full.token_budget, full.precision) == (2e-5, 512, "fp32")
     assert pocket == TrainConfig()  # the notebook's own defaults
 
 
