@@ -79,8 +79,7 @@ PROFILES = {
         retrieval="T2Retrieval", precision="auto", token_budget=2048, encode_budget=32_768,
         encode_precision="auto", retrieval_length=8192, shard_characters=2_000_000, learning_rate=2e-5,
         minutes="not measured by us; the original article's run: 5 min of training, 6 h of T2Retrieval",
-        minutes_cpu="an epoch of training about 5 min on 2 cores with bf16 (see benchmarks/full_size.py), "
-                    "ten of them; T2Retrieval on a subset",
+        minutes_cpu="about 5 min an epoch on 2 cores with bf16, ten epochs; T2Retrieval on a subset",
         memory="about 8 GB of the GPU, by count: not measured by us", memory_cpu="about 12 GB of RAM",
         gpu_gb=8.0, ram_gb=13.0, disk_gb=FULL_DISK_GB),
     "pocket": Profile(
