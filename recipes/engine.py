@@ -350,7 +350,8 @@ def train(t, file, folder, processes=2, cpu=True, deepspeed=None):
         raise TutorialError(
             f"{relative(file)} has {len(rows)} rows, fewer than one batch of {t.batch}. Lower --batch."
         )
-    require_run_space(folder, weights_file(base).stat().st_size, keep=0)
+    size = weights_file(base).stat().st_size
+    require_run_space(folder, size, 3 * size, keep=0)
     settings = {
         **dataclasses.asdict(t),
         "model": fingerprint(base),

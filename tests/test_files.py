@@ -296,5 +296,7 @@ def test_the_lowest_modules_are_plain(module):
     outside = {name.name for node in imports if isinstance(node, ast.Import) for name in node.names}
     outside |= {node.module for node in imports if isinstance(node, ast.ImportFrom) and not node.level}
     assert {name.split(".")[0] for name in outside} <= set(sys.stdlib_module_names)
-    inside = {node.module for node in imports if isinstance(node, ast.ImportFrom) and node.level}
+    near = [node for node in imports if isinstance(node, ast.ImportFrom) and node.level]
+    inside = {node.module for node in near if node.module}
+    inside |= {name.name for node in near if not node.module for name in node.names}
     assert inside <= {files: set(), network: {"files"}, assets: {"files", "network"}}[module]
