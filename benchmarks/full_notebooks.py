@@ -23,7 +23,7 @@ from pathlib import Path
 import common
 import nbformat
 
-from embedding_tutorial.files import write_json
+from embedding_tutorial.files import folders_gb, write_json
 
 NAMES = ("01-train_embedding_with_validation.ipynb", "02-C-MTEB_retrieval_evaluation.ipynb")
 SETTINGS = "TrainConfig(**profile.config(device))"
@@ -89,10 +89,9 @@ def main():
         copy = Path(folder) / "tutorial"
         copy_repository(copy, args.data, args.epochs)
         notebooks = run(copy, args.model.resolve(), args.device)
-        kept = [*(copy / "models").rglob("*"), *(copy / "c_mteb_results").rglob("*")]
-        sizes = {s.st_ino: s.st_size for s in (path.lstat() for path in kept if path.is_file())}
+        disk = folders_gb(copy / "models", copy / "c_mteb_results")
         result = {"machine": common.machine(("torch", "transformers", "mteb")), "epochs": args.epochs}
-        result |= {"notebooks": notebooks, "disk_gb_at_the_end": round(sum(sizes.values()) / 1e9, 2)}
+        result |= {"notebooks": notebooks, "disk_gb_at_the_end": round(disk, 2)}
     write_json(args.out, result)
     print(json.dumps({k: v for k, v in result.items() if k != "machine"}, indent=1))
 

@@ -22,6 +22,7 @@ from .files import (
     atomic_file,
     data_files,
     file_problem,
+    folders_gb,
     relative,
     require_disk,
     sha256_of,
@@ -92,12 +93,6 @@ def pocket_model_path():
     if actual != POCKET_SHA256:
         raise TutorialError(f"{weights}: sha256 is {actual}, expected {POCKET_SHA256}. {remedy}")
     return folder
-
-
-def folders_gb(*folders):
-    """GB (1e9 bytes) of all files below these folders, of which any may be absent; hard links count once."""
-    found = [file.stat() for folder in folders for file in Path(folder).rglob("*") if file.is_file()]
-    return sum({(file.st_dev, file.st_ino): file.st_size for file in found}.values()) / 1e9
 
 
 def local_bge_m3(models_dir=ROOT / "models", revision=BGE_M3_REVISION):

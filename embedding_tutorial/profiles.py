@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from . import assets
-from .files import ROOT, TutorialError, free_disk_gb, relative, require_disk
+from .files import ROOT, TutorialError, folders_gb, free_disk_gb, relative, require_disk
 
 
 def peak_disk_gb(model, state, keep, texts, dims, downloads=0.0):
@@ -271,8 +271,8 @@ def disk_here_gb(profile):
     """What of the profile's `disk_gb` is here already, left by earlier runs."""
     folders = [ROOT / "models" / f"{profile.label}-finetuned", ROOT / "c_mteb_results"]
     if profile.name == "pocket":
-        return assets.folders_gb(*folders)
-    here = assets.folders_gb(*folders, ROOT / "models" / ".bge-m3.partial", ROOT / "data" / "T2Retrieval")
+        return folders_gb(*folders)
+    here = folders_gb(*folders, ROOT / "models" / ".bge-m3.partial", ROOT / "data" / "T2Retrieval")
     return here + (BGE_M3_GB if assets.local_bge_m3() else 0)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from .files import TutorialError, atomic_file, require_disk, temporary_name
+from .files import TutorialError, atomic_file, folders_gb, require_disk, temporary_name
 
 
 def save_state(run_dir, state):
@@ -63,16 +63,10 @@ def run_size_gb(model_bytes, state_bytes, keep):
     return ((max(keep, 1) + 2) * model_bytes + 2 * state_bytes) / 1e9
 
 
-def held_gb(run_dir):
-    """Gigabytes of the files of a run folder, hard links counted once."""
-    stats = (path.stat() for path in Path(run_dir).rglob("*") if path.is_file())
-    return sum({s.st_ino: s.st_size for s in stats}.values()) / 1e9
-
-
 def require_run_space(run_dir, model_bytes, state_bytes, keep, goes_on=False):
     """Raise TutorialError before training when the disk cannot hold what the run will write.
 
     goes_on: the run continues what lies in its folder, so that this much is there already.
     """
-    size = run_size_gb(model_bytes, state_bytes, keep) - (held_gb(run_dir) if goes_on else 0)
+    size = run_size_gb(model_bytes, state_bytes, keep) - (folders_gb(run_dir) if goes_on else 0)
     require_disk(run_dir, size, "checkpoints, the last epoch's model and the resume state")
