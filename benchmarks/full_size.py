@@ -22,6 +22,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import common
+import memory_ladder
 import psutil
 import torch
 
@@ -93,10 +94,24 @@ def uninterrupted(args):
     return row
 
 
-def whole(args):
-    row = train(args, "whole", stop_after=1, backward="whole", save_every=0)
-    shutil.rmtree(args.folder / "whole")
-    return row
+def one_update(change=None, **options):
+    """The stage of one update whose settings differ by `options`, and whose run by `change` (of a rung)."""
+
+    def stage(args):
+        open_run = engine.open_run
+
+        def changed(*arguments):
+            run = open_run(*arguments)
+            if change:
+                change(run)
+            return run
+
+        with patch.object(engine, "open_run", changed):
+            row = train(args, "one", stop_after=1, save_every=0, **options)
+        shutil.rmtree(args.folder / "one")
+        return row
+
+    return stage
 
 
 def mixed(args):
@@ -131,8 +146,6 @@ def searched(args):
 
 def ladder(args):
     """The memory of one update, idea by idea."""
-    import memory_ladder
-
     pairs = split_pairs(read_mbpp(args.data), common.RECIPE.seed)[0]
     return {"kind": "counted", "ladder": memory_ladder.ladder(args.base, pairs, args.device, args.batch_size)}
 
@@ -156,7 +169,10 @@ STAGES = {
     "stopped": ("half of the updates", lambda args: train(args, "run", max(1, args.updates // 2))),
     "resumed": ("the rest, after a stop as by a kill", lambda args: train(args, "run")),
     "uninterrupted": ("the same without a stop", uninterrupted),
-    "whole": ("one update, the graph of the whole batch", whole),
+    "whole": ("one update, the graph of the whole batch", one_update(backward="whole")),
+    "again": ("the same, each layer computed again", one_update(backward="whole", checkpointing=True)),
+    "adafactor": ("GradCache and Adafactor", one_update(memory_ladder.with_adafactor)),
+    "lora": ("GradCache and LoRA of rank 16", one_update(memory_ladder.with_lora)),
     "mixed": ("halfway to the base, saved", mixed),
     "opened": ("opened in other libraries", opened),
     "searched": ("Pocket T2, a part, through mteb", searched),
@@ -290,8 +306,6 @@ def main():
         args.folder.mkdir(parents=True, exist_ok=True)
         result = measure(args)
     if not args.smoke and STAGES.keys() <= result["stages"].keys():
-        import memory_ladder
-
         common.put_into_readme("full-size", readme_text(result, memory_ladder.draw(result)))
 
 

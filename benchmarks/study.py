@@ -16,6 +16,7 @@ import argparse
 import ast
 import concurrent.futures
 import contextlib
+import copy
 import dataclasses
 import io
 import json
@@ -26,9 +27,11 @@ import time
 from pathlib import Path
 
 import common
+import memory_ladder
 import numpy as np
 import torch
 import transformers
+from peft.tuners.lora import LoraLayer
 from study_report import ALPHAS, FILES, FOLDS, SEEDS, report
 
 from embedding_tutorial import encoder as enc
@@ -55,6 +58,7 @@ class Recipe:
     soup: bool = False  # also the mean of the weights of all seeds' runs
     library: str = ""  # its trainer and its defaults; with "our settings" the config's batch, rate and epochs
     leaking: bool = False  # the original loop's faulty accumulation
+    change: str = ""  # a function of memory_ladder.py: another optimizer, or LoRA
     rewrites: tuple = ()  # of BOTH: what of the rewrites training sees
 
 
@@ -86,6 +90,9 @@ RECIPES = {
     "rewritten queries": Recipe(rewrites=BOTH[:1]),
     "rewritten codes": Recipe(rewrites=BOTH[1:]),
     "faulty schedule": Recipe(config=common.ORIGINAL, leaking=True),
+    # Their rates are their own: Adafactor's counts in a matrix's own size, and LoRA starts from zero.
+    "Adafactor": Recipe(config={"learning_rate": 4e-3}, change="with_adafactor"),
+    "LoRA": Recipe(config={"learning_rate": 1e-3}, change="with_lora"),
 }
 
 
@@ -209,12 +216,20 @@ def leaking_epoch(run, epoch):
 
 
 def copy_of(encoder):
-    return {name: w.detach().clone() for name, w in whole_state(encoder).items()}
+    """The backbone's weights under their own names, LoRA's matrices added to those that they change."""
+    whole = copy.deepcopy(encoder)
+    for layer in list(whole.modules()):
+        if isinstance(layer, LoraLayer):
+            layer.merge()
+    state = {name.replace(".base_layer", ""): w.detach() for name, w in whole_state(whole).items()}
+    return {name: w for name, w in state.items() if ".lora_" not in name}
 
 
 def epochs_of_run(recipe, config, base, rows):
     """The weights after each epoch of one training, and its loss per step."""
     run = training.start_run(base, lambda encoder: training.tokenize_pairs(encoder, rows), config, "cpu", ())
+    if recipe.change:
+        getattr(memory_ladder, recipe.change)(run)
     run.encoder.train()
     epochs = []
     for epoch in range(config.epochs):

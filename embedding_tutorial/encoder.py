@@ -4,6 +4,7 @@ Texts go through the model in groups of similar length, each laid end to end in 
 pad token is computed. Only attention has to know where a text begins and ends.
 """
 
+import ctypes
 import functools
 import hashlib
 import itertools
@@ -268,6 +269,14 @@ def set_random_state(state, device):
     torch.set_rng_state(state[0])
     if state[1] is not None:
         torch.cuda.set_rng_state(state[1], device)
+
+
+def give_memory_back(device):
+    """Return what was freed to the GPU, or on Linux to the system: both allocators keep it for later."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif trim := getattr(ctypes.CDLL(None) if sys.platform == "linux" else None, "malloc_trim", None):
+        trim(0)  # glibc's; gigabytes after an update of BGE-M3
 
 
 # ---------------------------------------------------------------- a model as a folder of files

@@ -18,7 +18,15 @@ import torch
 from tqdm import tqdm
 
 from .batches import PassageQueue, all_rows, batch_loss, batch_rows, tokenize_pairs, view_of
-from .encoder import Encoder, fingerprint, random_state, save_model, set_random_state, weights_file
+from .encoder import (
+    Encoder,
+    fingerprint,
+    give_memory_back,
+    random_state,
+    save_model,
+    set_random_state,
+    weights_file,
+)
 from .files import (
     TutorialError,
     file_problem,
@@ -159,8 +167,7 @@ def compute_gradients_safely(run, batch):
             change = f"token budget halved to {run.token_budget}"
         print(f"Out of GPU memory in update {run.update + 1}: {change}, update repeated.")
         set_random_state(state, run.encoder.device)
-        if run.encoder.device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_memory_back(run.encoder.device)
 
 
 def step(run, batch):
@@ -336,6 +343,8 @@ def open_folder(folder, changed, goes_on):
 
 def close_epoch(run, epoch, val_pairs, folder, identity):
     """Evaluate, write the epoch's checkpoint, keep the best one, then the state and the history."""
+    run.optimizer.zero_grad(set_to_none=True)  # nothing below needs the last gradient
+    give_memory_back(run.encoder.device)
     h, per_epoch = run.history, updates_per_epoch(len(run.data["query"]), run.config)
     sizes = [
         len(batch_of(u, len(run.data["query"]), run.config))
@@ -404,6 +413,9 @@ def train(base, train_pairs, val_pairs, config, folder, device=None, progress=Tr
                 acc=f"{run.history['step_accs'][-1]:.2f}",
             )
             bar.update()
-    run.optimizer.zero_grad(set_to_none=True)  # a finished model needs no gradients
-    put_back(run.encoder)
-    return run.encoder.eval(), run.history
+    encoder, history = run.encoder, run.history
+    encoder.zero_grad(set_to_none=True)
+    del run  # a finished model needs neither gradients nor moments
+    give_memory_back(encoder.device)
+    put_back(encoder)
+    return encoder.eval(), history
