@@ -2,6 +2,11 @@
 NOTEBOOKS := 01-train_embedding_with_validation.ipynb 02-C-MTEB_retrieval_evaluation.ipynb
 PYTHON ?= python3
 BIN := .venv/bin
+# On Linux pip's usual torch brings 4 GB of CUDA libraries. Where no NVIDIA GPU is seen, torch's own index gives the
+# build for CPUs; TORCH_INDEX= asks pip's usual index, TORCH_INDEX=https://… another one.
+ifeq ($(shell uname -s 2>/dev/null),Linux)
+TORCH_INDEX ?= $(if $(shell command -v nvidia-smi 2>/dev/null),,https://download.pytorch.org/whl/cpu)
+endif
 
 .PHONY: run test lab lint export bench study recipes python-version
 .DEFAULT_GOAL := run
@@ -41,6 +46,9 @@ python-version:
 
 .venv/.run: requirements.txt | python-version
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(if $(TORCH_INDEX),@$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --retries 0 --timeout 10 \
+		--index-url $(TORCH_INDEX) $(shell grep '^torch==' requirements.txt) \
+		|| echo "$(TORCH_INDEX) did not give this torch: pip's usual index is asked.")
 	$(BIN)/pip install --disable-pip-version-check -r requirements.txt
 	touch $@
 
