@@ -181,7 +181,7 @@ STAGES = {
 SMALL = {"extra": ["--sub_batch_size", "8", "--gradient_checkpointing"]}
 PEERS = {
     "ours": ("ours: GradCache, dropout 0.1", peer("ours", dropout=None)),
-    "st": ("sentence-transformers: cached loss", peer("sentence_transformers", mini_batch_num_tokens=2048)),
+    "st": ("sentence-transformers: cached loss", peer("sentence_transformers", mini_batch_num_tokens=512)),
     "flag": ("FlagEmbedding", peer("flagembedding")),
     "flag-small": ("FlagEmbedding: sub-batches of 8, checkpointing", peer("flagembedding", **SMALL)),
 }
@@ -208,7 +208,7 @@ def fresh_process(args, name):
     process.start()
     while process.is_alive():
         with contextlib.suppress(psutil.NoSuchProcess):
-            held = psutil.Process(process.pid).memory_info().rss / 1e9
+            held = psutil.Process(process.pid).memory_info().rss / 1e9 or held  # 0: it has just ended
         if held > args.limit_gb:
             process.kill()
         if time.monotonic() - looked > 1:
