@@ -6,6 +6,7 @@ A pair is a dict: "query", "pos_doc", optional lists "neg" (hard negatives), "ot
 
 import json
 import reprlib
+from collections import Counter
 
 from .files import TutorialError, atomic_file, relative
 from .rows import read_rows
@@ -199,6 +200,19 @@ def one_per_query(pairs):
     return list(grouped.values())
 
 
+def best_answers(similarity, right):
+    """Of a query's right answers the best one stays: (similarity, its numbers (n,)).
+
+    similarity (n, m) cosines. right: the numbers of each query's right candidates. The others get −2, so
+    that none of them stands before the best one.
+    """
+    similarity, best = similarity.copy(), []
+    for row, numbers in zip(similarity, right, strict=True):
+        best.append(max(numbers, key=row.__getitem__))
+        row[[number for number in numbers if number != best[-1]]] = -2
+    return similarity, best
+
+
 def linked(pairs):
     """A number (n,) for each pair: the same for those that share a text, also by way of other pairs."""
     parent = list(range(len(pairs)))
@@ -214,6 +228,27 @@ def linked(pairs):
             for key in (("query", pair["query"]), *(("passage", text) for text in answers_of(pair))):
                 parent[root(i)] = root(first.setdefault(key, i))
     return [root(i) for i in range(len(pairs))]
+
+
+def cut_between_groups(pairs, train_share):
+    """(train, validation): pairs in order, cut at the share, but never between two that share a text.
+
+    Where no text is shared it is a plain cut. TutorialError where a side would have fewer than two groups.
+    """
+    groups, train, room = linked(pairs), set(), int(len(pairs) * train_share)
+    sizes = Counter(groups)
+    for group in groups:  # one that does not fit any more goes to the validation pairs
+        if group not in train and sizes[group] <= room:
+            train.add(group)
+            room -= sizes[group]
+    sides = [[i for i, group in enumerate(groups) if (group in train) == side] for side in (True, False)]
+    sides.sort(key=len, reverse=train_share > 0.5)  # one large group may have filled the wrong side
+    if min(len({groups[i] for i in side}) for side in sides) < 2:
+        raise TutorialError(
+            f"{len(pairs)} pairs in {len(sizes)} groups without a common text are too few to split. "
+            "Add pairs, or remove passages that answer nearly every query."
+        )
+    return tuple([pairs[i] for i in side] for side in sides)
 
 
 def write_pairs(path, pairs):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from itertools import zip_longest
 from pathlib import Path
 
 from .files import TutorialError, file_problem, relative
@@ -22,7 +23,7 @@ def text_lines(path):
             try:
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                at = f"row {number}, is not UTF-8 (byte {place + error.start})"
+                at = f"row {number}: not UTF-8 (byte {place + error.start})"
                 raise TutorialError(f"{name}, {at}. Save it as UTF-8 (in Excel: CSV UTF-8).") from None
             place += len(line)
 
@@ -92,7 +93,7 @@ def table_rows(path):
                     f"Put texts that hold {mark!r} between quotation marks."
                 )
             if any(fields):
-                yield number, dict(zip(header, fields, strict=False))
+                yield number, dict(zip_longest(header, fields, fillvalue=""))
     except csv.Error as error:
         raise TutorialError(
             f"{name}, row {number + 1}: no valid CSV ({error}). Put texts between quotation marks, "

@@ -10,7 +10,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, fontManager
+from matplotlib.font_manager import FontProperties, findSystemFonts, fontManager
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
 from matplotlib.textpath import text_to_path
@@ -35,9 +35,22 @@ OTHERS = [  # for what is no model of the tutorial; lightness 81, 54, 66, 40, 20
 ]
 # DejaVu Sans comes with matplotlib but holds no Chinese. Of the others only those that matplotlib
 # finds are named: it would print a findfont warning for each of the rest.
-CHINESE = ("Noto Sans CJK SC", "Noto Sans SC", "WenQuanYi Zen Hei", "PingFang SC", "SimHei")
-_FOUND = {font.name for font in fontManager.ttflist}
-FONTS = ["DejaVu Sans", *(name for name in CHINESE if name in _FOUND)]
+CHINESE = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "Microsoft YaHei")
+CHINESE += ("PingFang SC", "Hiragino Sans GB", "SimHei", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei")
+
+
+def chinese_fonts():
+    """The first of CHINESE that is installed, as a list; also one newer than matplotlib's list of fonts."""
+    found = {font.name for font in fontManager.ttflist}
+    if not found & set(CHINESE):
+        for path in findSystemFonts():
+            if "CJK" in path and "Sans" in path and "Regular" in path:
+                fontManager.addfont(path)
+        found = {font.name for font in fontManager.ttflist}
+    return [name for name in CHINESE if name in found][:1]
+
+
+FONTS = ["DejaVu Sans", *chinese_fonts()]
 STYLE = {
     "font.family": FONTS, "font.size": 9.5, "text.color": INK, "axes.labelcolor": INK,
     "axes.titlesize": 10, "axes.titlelocation": "left", "axes.edgecolor": MUTED,
