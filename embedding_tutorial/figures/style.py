@@ -3,6 +3,7 @@
 The colours are safe for colour-blind readers and differ in lightness, hatch and marker, so that
 every figure can be read in greyscale. `STYLE` holds only while a figure is drawn."""
 
+import logging
 import re
 from itertools import pairwise, product
 
@@ -44,13 +45,15 @@ def chinese_fonts():
     found = {font.name for font in fontManager.ttflist}
     if not found & set(CHINESE):
         for path in findSystemFonts():
-            if "CJK" in path and "Sans" in path and "Regular" in path:
+            if "CJK" in path and "Sans" in path and path.rpartition("-")[2][:4] in ("Regu", "Bold"):
                 fontManager.addfont(path)
         found = {font.name for font in fontManager.ttflist}
     return [name for name in CHINESE if name in found][:1]
 
 
 FONTS = ["DejaVu Sans", *chinese_fonts()]
+# A Chinese font without a bold face is drawn as it is; matplotlib would say so in every cell that draws.
+logging.getLogger("matplotlib.font_manager").addFilter(lambda note: "font weight" not in note.getMessage())
 STYLE = {
     "font.family": FONTS, "font.size": 9.5, "text.color": INK, "axes.labelcolor": INK,
     "axes.titlesize": 10, "axes.titlelocation": "left", "axes.edgecolor": MUTED,
