@@ -12,7 +12,7 @@ endif
 .DEFAULT_GOAL := run
 
 run: .venv/.run
-	$(BIN)/python -m embedding_tutorial.run_notebooks $(NOTEBOOKS)
+	$(BIN)/python -m embedding_tutorial run
 
 test: .venv/.dev
 	$(BIN)/python -m pytest

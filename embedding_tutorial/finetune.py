@@ -16,14 +16,16 @@ import torch.nn.functional as F
 
 from .encoder import autocast, embed, group_by_length, in_order
 from .encoder import random_state, set_random_state
+from .pairs import answers_of, best_answers, cut_between_groups, passages_of
 
 # %% ../01-train_embedding_with_validation.ipynb #n01-013
 def split_pairs(pairs, seed=42, train_share=0.8):
-    """Shuffle a copy with `random.Random(seed)` and cut it: (train, validation)."""
+    """Shuffle a copy with `random.Random(seed)` and cut it: (train, validation).
+
+    Pairs that share a text stay together. TutorialError where no cut is possible."""
     shuffled = list(pairs)
     random.Random(seed).shuffle(shuffled)
-    cut = int(len(shuffled) * train_share)
-    return shuffled[:cut], shuffled[cut:]
+    return cut_between_groups(shuffled, train_share)
 
 # %% ../01-train_embedding_with_validation.ipynb #n01-016
 def rank_of_positive(similarity, positive):
@@ -43,23 +45,26 @@ def mrr(ranks):
     return float((1 / np.asarray(ranks)).mean())
 
 # %% ../01-train_embedding_with_validation.ipynb #n01-019
-def evaluate(encoder, pairs, candidates=None, token_budget=1024):
-    """Search the code of each pair among the codes of `candidates` (default: of the pairs).
+def evaluate(encoder, pairs, candidates=None, token_budget=1024, progress=False):
+    """Search the code of each pair among `candidates`, texts or pairs (default: the pairs).
 
-    Equal codes count as one candidate; always in fp32, without dropout. Returns
-    {"ranks" (n,), "top" (n,) the code found first, "recall@1", "mrr"}.
+    Equal codes are one candidate; of several right answers the best counts. In fp32, no dropout.
+    Returns {"ranks" (n,), "top" (n,) the code found first, "recall@1", "mrr"}.
     """
-    passages = list(dict.fromkeys(pair["pos_doc"] for pair in [*pairs, *(candidates or [])]))
+    passages = passages_of([*pairs, *(candidates or [])])
     place = {text: i for i, text in enumerate(passages)}
-    was_training = encoder.training
+    right = [[place[text] for text in answers_of(pair)] for pair in pairs]
+    was_training, ranks, top = encoder.training, [], []
     encoder.eval()
     with torch.no_grad():
-        q = embed(encoder, [pair["query"] for pair in pairs], token_budget)
-        p = embed(encoder, passages, token_budget)
+        q = embed(encoder, [pair["query"] for pair in pairs], token_budget, progress)
+        p = embed(encoder, passages, token_budget, progress)
     encoder.train(was_training)
-    similarity = (q @ p.T).cpu().numpy()
-    ranks = rank_of_positive(similarity, [place[pair["pos_doc"]] for pair in pairs])
-    top = [passages[i] for i in similarity.argmax(axis=1)]
+    for part in torch.arange(len(q)).split(512):   # n × m may be large: a block at a time
+        similarity = (q[part] @ p.T).cpu().numpy()
+        top += [passages[i] for i in similarity.argmax(axis=1)]
+        ranks.append(rank_of_positive(*best_answers(similarity, [right[i] for i in part])))
+    ranks = np.concatenate(ranks)
     return {"ranks": ranks, "top": top, "recall@1": recall_at_1(ranks), "mrr": mrr(ranks)}
 
 # %% ../01-train_embedding_with_validation.ipynb #n01-028

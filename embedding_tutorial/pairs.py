@@ -1,53 +1,40 @@
-"""Rows in, pairs out: both MBPP formats, JSON lines of pairs, rewrites. A bad row ends the run.
+"""Rows in, pairs out: JSON lines, JSON, CSV, Parquet, both MBPP formats, rewrites. A bad row ends the run.
 
-A pair is a dict: "query", "pos_doc", optional lists "neg" (hard negatives), "other_queries" and
-"other_pos_docs" (rewrites), and for MBPP "meta": {"task_id"}.
+A pair is a dict: "query", "pos_doc", optional lists "neg" (hard negatives), "other_queries" (rewrites) and
+"other_pos_docs" (rewrites; of a held-out query its further right answers), and for MBPP "meta": {"task_id"}.
 """
 
 import json
-from pathlib import Path
+import reprlib
+from collections import Counter
 
 from .files import TutorialError, atomic_file, relative
+from .rows import read_rows
+
+MAX_CHARACTERS = 100_000  # of a text: models read a few thousand of them, and tokenizers choke on far more
+# What others call the two columns. The first one that a file has is taken.
+QUERIES = ("query", "question", "anchor", "prompt", "instruction", "问题", "查询", "text")
+PASSAGES = ("pos_doc", "pos", "positive", "positives", "passage", "answer", "answers", "code", "document")
+PASSAGES += ("doc", "response", "output", "context", "答案", "回答", "段落")
+NEGATIVES = ("neg", "negative", "negatives", "hard_negatives")
+TEXTS = ("text", "content", "contents", *PASSAGES)  # the column of a corpus
+SMALLEST = 10  # pairs: with fewer there is nothing to hold out
 
 
-def read_text(path):
-    """The file's text. TutorialError when it is missing or not UTF-8."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise TutorialError(
-            f"{relative(path)} does not exist. Put the file there, or run the cell that writes it."
-        ) from None
-    except UnicodeDecodeError as error:
-        raise TutorialError(
-            f"{relative(path)} is not UTF-8 (byte {error.start}). Save it as UTF-8."
-        ) from None
+# ---------------------------------------------------------------- texts of a row
 
 
-def read_rows(path):
-    """Yield (row number from 1, dict) of a JSON list (`.json`) or of JSON lines (`.jsonl`)."""
-    name, text = relative(path), read_text(path)
-    try:
-        if str(path).endswith(".jsonl"):
-            lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-        else:
-            rows = json.loads(text)
-            if not isinstance(rows, list):
-                raise TutorialError(
-                    f"{name}: not a list of rows but {type(rows).__name__}. Put the data there again."
-                )
-            lines = list(enumerate(rows, 1))
-        for number, row in lines:
-            row = json.loads(row) if isinstance(row, str) and str(path).endswith(".jsonl") else row
-            if not isinstance(row, dict):
-                raise TutorialError(
-                    f"{name}, row {number}: not an object but {type(row).__name__}. "
-                    "Correct or remove the row."
-                )
-            yield number, row
-    except json.JSONDecodeError as error:
-        place = f"row {number}" if str(path).endswith(".jsonl") else f"line {error.lineno}"
-        raise TutorialError(f"{name}, {place}: no valid JSON ({error.msg}). Correct or remove it.") from None
+def text_problem(text):
+    """What keeps a value from being a text to embed, as half a sentence, or None."""
+    if not isinstance(text, str) or not text.strip():
+        return f"is {reprlib.repr(text)}, not a text. Fill it in or remove the row"
+    if text != text.encode("utf-8", "ignore").decode():
+        return "holds half a surrogate pair, which is no text. Correct or remove the row"
+    if "\0" in text:
+        return "holds a NUL character, which is no text. Correct or remove the row"
+    if len(text) > MAX_CHARACTERS:
+        return f"has {len(text):,} characters, more than {MAX_CHARACTERS:,}. Cut it into passages"
+    return None
 
 
 def field_of(row, names, where):
@@ -55,13 +42,20 @@ def field_of(row, names, where):
     name = next((name for name in names if name in row), None)
     if name is None:
         raise TutorialError(f"{where}: no field {' or '.join(map(repr, names))}. Add it or remove the row.")
-    if not isinstance(row[name], str) or not row[name].strip():
-        raise TutorialError(f"{where}: {name!r} is {row[name]!r}, not a text. Fill it in or remove the row.")
-    if row[name] != row[name].encode("utf-8", "ignore").decode():
-        raise TutorialError(
-            f"{where}: {name!r} holds half a surrogate pair, which is no text. Correct or remove the row."
-        )
+    if problem := text_problem(row[name]):
+        raise TutorialError(f"{where}: {name!r} {problem}.")
     return row[name]
+
+
+def texts_of(row, name, where):
+    """The row's optional list of texts `name`, [] where it is absent; TutorialError where it is no list."""
+    texts = row.get(name, [])
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise TutorialError(f"{where}: {name!r} must be a list of texts. Correct or remove it.")
+    for text in texts:
+        if problem := text_problem(text):
+            raise TutorialError(f"{where}: a text of {name!r} {problem}.")
+    return texts
 
 
 def read_mbpp(path):
@@ -83,26 +77,178 @@ def read_mbpp(path):
     return pairs
 
 
-def texts_of(row, name, where):
-    """The row's optional list of texts `name`, [] where it is absent; TutorialError where it is no list."""
-    texts = row.get(name, [])
-    if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise TutorialError(f"{where}: {name!r} must be a list of texts. Correct or remove it.")
-    return texts
+# ---------------------------------------------------------------- pairs of one's own
 
 
-def read_pairs(path):
-    """Read `{"query", "pos_doc"}` JSON lines with optional lists "neg", "other_queries", "other_pos_docs"."""
-    pairs = []
+def column_of(row, wanted, known, where, role):
+    """The row's column for `role`: the one asked for, or the first known name; TutorialError otherwise."""
+    plain = {str(name).strip().casefold(): name for name in reversed(row)}
+    names = (wanted,) if wanted else known
+    for name in names:
+        if name in row or name.casefold() in plain:
+            return name if name in row else plain[name.casefold()]
+    found = ", ".join(reprlib.repr(str(name)) for name in list(row)[:12]) or "none"
+    raise TutorialError(
+        f"{where}: no field {names[0]!r}; the columns found are {found}. Rename one to {known[0]!r}, "
+        f"or name it: read_pairs(file, {role}='…'), --{role} on the command line."
+    )
+
+
+def several(row, name, where, strict):
+    """The texts in a column that holds a text or a list of them. strict: a list alone."""
+    value = row[name]
+    if strict or isinstance(value, list):
+        return texts_of(row, name, where)
+    return [] if value in (None, "") else [field_of(row, (name,), where)]
+
+
+def pairs_of_row(row, columns, where):
+    """The pairs of one row: as many as it has positives."""
+    query, passage, negative = columns
+    shared = {"query": field_of(row, (query,), where)}
+    if negative is not None and negative in row:
+        shared["neg"] = several(row, negative, where, strict=negative == "neg")
+    for name in ("other_queries", "other_pos_docs"):
+        if name in row:
+            shared[name] = texts_of(row, name, where)
+    meta = row.get("meta")
+    if query == "query" and isinstance(meta, dict) and isinstance(meta.get("task_id"), int | str):
+        shared["meta"] = {"task_id": meta["task_id"]}  # our own files, as `write_pairs` leaves them
+    if passage != "pos_doc" and isinstance(row.get(passage), list):
+        if not (positives := texts_of(row, passage, where)):
+            raise TutorialError(f"{where}: {passage!r} is empty. Fill it in or remove the row.")
+    else:
+        positives = [field_of(row, (passage,), where)]
+    return [shared | {"pos_doc": text} for text in positives]
+
+
+def read_pairs(path, query=None, passage=None):
+    """Pairs of a file: texts "query" and "pos_doc", lists "neg", "other_queries", "other_pos_docs".
+
+    query, passage: names of the columns; None: the first known name (QUERIES, PASSAGES). A list of positives,
+    as FlagEmbedding's "pos", makes one pair each. TutorialError on a bad row.
+    """
+    pairs, columns = [], None
     for number, row in read_rows(path):
         where = f"{relative(path)}, row {number}"
-        field_of(row, ("query",), where), field_of(row, ("pos_doc",), where)
-        for name in ("neg", "other_queries", "other_pos_docs"):
-            texts_of(row, name, where)
-        pairs.append(row)
+        if columns is None:
+            first = column_of(row, query, QUERIES, where, "query")
+            second = column_of(row, passage, PASSAGES, where, "passage")
+            columns = first, second, next((name for name in NEGATIVES if name in row), "neg")
+        pairs += pairs_of_row(row, columns, where)
     if not pairs:
         raise TutorialError(f"{relative(path)} holds no rows. Run the cell that splits the data again.")
     return pairs
+
+
+def own_pairs(path, query=None, passage=None):
+    """`read_pairs` of a reader's own file, tidied: doubles go, and negatives that are right answers.
+
+    Says in a sentence what it left out. TutorialError where too few are left to train on.
+    """
+    rows, pairs, right = read_pairs(path, query, passage), {}, {}
+    for row in rows:
+        right.setdefault(row["query"], set()).add(row["pos_doc"])
+        pairs.setdefault((row["query"], row["pos_doc"]), row)
+    if doubles := len(rows) - len(pairs):
+        print(f"{doubles} of {len(rows):,} pairs stand there twice: each is kept once.")
+    false, kept = 0, []
+    for pair in pairs.values():
+        wrong = [text for text in pair.get("neg", []) if text not in right[pair["query"]]]
+        false += len(pair.get("neg", [])) - len(wrong)
+        kept.append({**pair, "neg": wrong} if "neg" in pair else pair)
+    if false:
+        print(f"{false} negatives are right answers of the same query: left out.")
+    if len(kept) < SMALLEST:
+        raise TutorialError(
+            f"{relative(path)} holds {len(kept)} different pair{'s' * (len(kept) > 1)}; {SMALLEST} are the "
+            "least that can be split into training and validation, and 100 begin to teach. Add pairs."
+        )
+    return kept
+
+
+def read_corpus(path, column=None):
+    """The different texts of a file of passages; [] for None. TutorialError on a bad row."""
+    texts, name = {}, None
+    for number, row in read_rows(path) if path else ():
+        where = f"{relative(path)}, row {number}"
+        name = name or column_of(row, column, TEXTS, where, "passage")
+        texts |= dict.fromkeys(several(row, name, where, strict=False))
+    if path and not texts:
+        raise TutorialError(f"{relative(path)} holds no passages. Put one in each row.")
+    return list(texts)
+
+
+def answers_of(pair):
+    """All right answers of a pair's query that it names."""
+    return [pair["pos_doc"], *pair.get("other_pos_docs", [])]
+
+
+def passages_of(items):
+    """The different passages of pairs, or of texts, in order: what is searched."""
+    texts = (text for item in items for text in ([item] if isinstance(item, str) else answers_of(item)))
+    return list(dict.fromkeys(texts))
+
+
+def one_per_query(pairs):
+    """Pairs with an equal query become one, whose further answers are in "other_pos_docs": to evaluate on."""
+    grouped = {}
+    for pair in pairs:
+        if (first := grouped.setdefault(pair["query"], pair)) is not pair:
+            others = passages_of([{"pos_doc": text} for p in (first, pair) for text in answers_of(p)])[1:]
+            grouped[pair["query"]] = {**first, "other_pos_docs": others} if others else first
+    return list(grouped.values())
+
+
+def best_answers(similarity, right):
+    """Of a query's right answers the best one stays: (similarity, its numbers (n,)).
+
+    similarity (n, m) cosines. right: the numbers of each query's right candidates. The others get −2, so
+    that none of them stands before the best one.
+    """
+    similarity, best = similarity.copy(), []
+    for row, numbers in zip(similarity, right, strict=True):
+        best.append(max(numbers, key=row.__getitem__))
+        row[[number for number in numbers if number != best[-1]]] = -2
+    return similarity, best
+
+
+def linked(pairs):
+    """A number (n,) for each pair: the same for those that share a text, also by way of other pairs."""
+    parent = list(range(len(pairs)))
+
+    def root(i):
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+
+    first = {}
+    for i, pair in enumerate(pairs):
+        if isinstance(pair, dict):  # anything else, such as a number, shares nothing
+            for key in (("query", pair["query"]), *(("passage", text) for text in answers_of(pair))):
+                parent[root(i)] = root(first.setdefault(key, i))
+    return [root(i) for i in range(len(pairs))]
+
+
+def cut_between_groups(pairs, train_share):
+    """(train, validation): pairs in order, cut at the share, but never between two that share a text.
+
+    Where no text is shared it is a plain cut. TutorialError where a side would have fewer than two groups.
+    """
+    groups, train, room = linked(pairs), set(), int(len(pairs) * train_share)
+    sizes = Counter(groups)
+    for group in groups:  # one that does not fit any more goes to the validation pairs
+        if group not in train and sizes[group] <= room:
+            train.add(group)
+            room -= sizes[group]
+    sides = [[i for i, group in enumerate(groups) if (group in train) == side] for side in (True, False)]
+    sides.sort(key=len, reverse=train_share > 0.5)  # one large group may have filled the wrong side
+    if min(len({groups[i] for i in side}) for side in sides) < 2:
+        raise TutorialError(
+            f"{len(pairs)} pairs in {len(sizes)} groups without a common text are too few to split. "
+            "Add pairs, or remove passages that answer nearly every query."
+        )
+    return tuple([pairs[i] for i in side] for side in sides)
 
 
 def write_pairs(path, pairs):

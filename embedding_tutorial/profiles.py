@@ -304,17 +304,17 @@ def mbpp_path(profile):
 def rewrites_path(source):
     """The file with rewrites of the training data `source`, or None where nobody wrote any."""
     path = ROOT / "data" / f"{Path(source).stem}_rewrites.json"
-    return path if path.exists() else None
+    return path if Path(source).suffix == ".json" and path.exists() else None
 
 
 # ---------------------------------------------------------------- what the first cell prints
 
 
-def describe(profile, reason, device=None):
+def describe(profile, reason, device=None, pairs=None):
     """The printed block at the top of each notebook: what runs, why, where, for how long.
 
-    device: what `choose_device` returned; None calls it. Raises TutorialError as `training_precision` does,
-    and for a local copy of the data or the model that is incomplete.
+    device: what `choose_device` returned; None calls it. pairs: a reader's own file, or words. Raises
+    TutorialError as `training_precision` does, and for an incomplete local copy of the data or the model.
     """
     device = device or device_of_this_machine()
     cpu, (free, total) = device == "cpu", free_memory_gb(device)
@@ -326,7 +326,7 @@ def describe(profile, reason, device=None):
     rows = {
         "profile": f"{profile.name}  ({reason})",
         "model": profile.model,
-        "pairs": pairs_read(profile),
+        "pairs": pairs or pairs_read(profile),
         "retrieval": profile.retrieval,
         "device": f"{device}  ({processor}, {free:.1f} of {total:.1f} GB free)",
         "precision": f"{precision[0]} training, {precision[1]} encoding",

@@ -1,7 +1,9 @@
 """Tables and small texts that the notebooks print: what only has to be laid out, not learned."""
 
 import dataclasses
+import itertools
 from pathlib import Path
+from unicodedata import east_asian_width
 
 import numpy as np
 import pandas as pd
@@ -9,8 +11,8 @@ import pandas as pd
 from .encoder import Encoder, embed, save_model, weights_file
 from .files import read_json, require_disk, write_json
 from .finetune import bootstrap_interval, mix
-from .pairs import read_rewrites, with_rewrites
-from .profiles import mbpp_path, rewrites_path
+from .pairs import answers_of, read_rewrites, with_rewrites
+from .profiles import rewrites_path
 from .runs import keep_weights_only, run_size_gb
 from .training import train
 
@@ -19,17 +21,26 @@ def preview(code, lines=3):
     """The first lines of a code from its first `def` on, indented."""
     kept = [line for line in code.splitlines() if line.strip()]
     start = next((i for i, line in enumerate(kept) if line.startswith("def ")), 0)
-    return "\n".join("    " + line for line in kept[start : start + lines])
+    return "\n".join("    " + shortened(line, 160) for line in kept[start : start + lines])
+
+
+def shortened(text, width):
+    """The text, cut with an ellipsis where it is wider than `width` letters; a Chinese one counts as two."""
+    widths = itertools.accumulate(2 if east_asian_width(letter) in "WF" else 1 for letter in text)
+    kept = sum(used <= width for used in widths)
+    return text if kept == len(text) else text[: kept - 1].rstrip() + " …"
 
 
 def signature(code):
     """Name and arguments of a code's function."""
-    return preview(code, 1).strip().removeprefix("def ").rstrip(":")
+    return shortened(preview(code, 1).strip().removeprefix("def ").rstrip(":"), 70)
 
 
 def short_label(pair):
     """A pair's first words, for an axis; of a text without spaces its first characters."""
-    return " ".join(pair["query"].split()[:5])[:44] + " …"
+    words = pair["query"].split()
+    cut = shortened(" ".join(words[:5]), 44 if pair["query"].isascii() else 24)
+    return cut if len(words) <= 5 or cut.endswith("…") else cut + " …"
 
 
 def interval(triple, sign=False):
@@ -51,9 +62,11 @@ def changed_queries(pairs, before, after, count=3):
     better, worse = int((gain > 0).sum()), int((gain < 0).sum())
     lines = [f"{better} queries rank better than before, {worse} worse. The {count} that moved most:\n"]
     for i in np.argsort(-np.abs(gain), kind="stable")[:count]:
-        lines.append(f"{pairs[i]['query']}\n  rank {before['ranks'][i]} → {after['ranks'][i]}")
+        lines.append(
+            f"{shortened(pairs[i]['query'], 300)}\n  rank {before['ranks'][i]} → {after['ranks'][i]}"
+        )
         for name, result in (("before", before), ("after", after)):
-            right = "right" if result["top"][i] == pairs[i]["pos_doc"] else "wrong"
+            right = "right" if result["top"][i] in answers_of(pairs[i]) else "wrong"
             lines.append(f"  {name}, {right}: {signature(result['top'][i])}")
         lines.append("")
     return "\n".join(lines)
@@ -78,8 +91,11 @@ def averaged_model(base, train_pairs, val_pairs, config, run, device, runs=3, re
     Of each run only the weights stay on the disk, and one model at a time is on the device. Raises
     TutorialError before the first run where the disk can't hold them all.
     """
-    if rewrites_of is not None and (file := rewrites_path(rewrites_of)):
-        train_pairs = with_rewrites(train_pairs, read_rewrites(file))
+    if rewrites_of is not None:
+        file = rewrites_path(rewrites_of)
+        train_pairs = with_rewrites(train_pairs, read_rewrites(file) if file else {})
+        if not any("other_queries" in pair for pair in train_pairs):
+            print(f"No rewrites belong to the pairs of {Path(rewrites_of).name}: training goes on without.")
     kind, mean = "-rewrites" if rewrites_of is not None else "", None
     folders = [Path(f"{run}{kind}-seed-{config.seed + n}") for n in range(runs)]
     size, missing = weights_file(base).stat().st_size, sum(not folder.exists() for folder in folders)
@@ -166,9 +182,12 @@ def study_table(study):
     return pd.DataFrame.from_dict(table, orient="index")
 
 
-def original_recipe(profile):
-    """{"original article": (code MRR, general nDCG@10)} with intervals, on the pocket data; else None."""
-    if mbpp_path(profile).name != "pocket_mbpp.json":
+def original_recipe(pairs):
+    """{"original article": (code MRR, general nDCG@10)} with intervals, on the pocket data; else None.
+
+    pairs: the name of the file that was trained on.
+    """
+    if pairs != "pocket_mbpp.json":
         return None
     point = read_json("benchmarks/results/predecessor.json")
     values = point["code_reciprocal_ranks"], point["general_ndcg_at_10_each"]

@@ -27,6 +27,7 @@ from .encoder import Encoder, companions, fingerprint
 from .evaluation import best_passages
 from .files import TutorialError, data_files, relative, sha256_of, sha256_once
 from .finetune import rank_of_positive
+from .pairs import answers_of, best_answers
 from .pocket_task import PocketT2
 from .store import StoredEncoder
 
@@ -302,10 +303,11 @@ def metric_table(result, subset, cutoffs=(1, 3, 5, 10)):
 
 
 def code_ranks(encoder, pairs, passages):
-    """Ranks (n,) of each pair's code among `passages`, with any callable texts → vectors."""
+    """Ranks (n,) of each pair's best code among `passages`, with any callable texts → vectors."""
     place = {text: i for i, text in enumerate(passages)}
     similarity = encoder([pair["query"] for pair in pairs], "queries (code)") @ encoder(passages, "codes").T
-    return rank_of_positive(similarity, [place[pair["pos_doc"]] for pair in pairs])
+    right = [[place[text] for text in answers_of(pair)] for pair in pairs]
+    return rank_of_positive(*best_answers(similarity, right))
 
 
 # ---------------------------------------------------------------- what notebook 02 calls

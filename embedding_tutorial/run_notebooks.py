@@ -13,7 +13,10 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-from .files import atomic_file
+from .files import ROOT, atomic_file
+
+NAMES = ("01-train_embedding_with_validation.ipynb", "02-C-MTEB_retrieval_evaluation.ipynb")
+NOTEBOOKS = [ROOT / name for name in NAMES]
 
 
 class LiveClient(NotebookClient):

@@ -46,6 +46,7 @@ from .finetune import (
     learning_rate,
     updates_per_epoch,
 )
+from .pairs import answers_of
 from .profiles import device_of_this_machine
 from .runs import keep_weights_only, load_state, prune, require_run_space, save_state
 from .words import keep_rows, put_back
@@ -292,7 +293,9 @@ def check_before_training(base, train_pairs, val_pairs, config, folder, device):
         for query in (pair["query"], *pair.get("other_queries", []))
         for code in (pair["pos_doc"], *pair.get("other_pos_docs", []))
     }
-    leaked = [n for n, pair in enumerate(val_pairs, 1) if (pair["query"], pair["pos_doc"]) in key]
+    leaked = [
+        n for n, pair in enumerate(val_pairs, 1) if any((pair["query"], c) in key for c in answers_of(pair))
+    ]
     if leaked:
         raise TutorialError(
             f"Rows {leaked[:10]} of the validation set also stand in the training set. Remove them from one."
@@ -313,7 +316,7 @@ def check_before_training(base, train_pairs, val_pairs, config, folder, device):
 
 def open_run(base, train_pairs, val_pairs, config, folder, device, state):
     """A run at the place of `state`, or a fresh one where that is None. Writes nothing."""
-    read = [text for pair in val_pairs for text in (pair["query"], pair["pos_doc"])]
+    read = [text for pair in val_pairs for text in (pair["query"], *answers_of(pair))]
     run = start_run(base, lambda encoder: tokenize_pairs(encoder, train_pairs), config, device, read)
     trained = sum(w.numel() * w.element_size() for w in run.encoder.parameters())
     sizes = weights_file(base).stat().st_size, 3 * trained, config.keep_checkpoints

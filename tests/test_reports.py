@@ -46,7 +46,7 @@ def test_averaged_with_rewrites_has_folders_of_its_own(tiny_bert, pairs, tmp_pat
 
 def test_labels_are_short_in_any_language():
     assert reports.short_label(as_pair("Sum the first numbers of a list", "")) == "Sum the first numbers of …"
-    assert len(reports.short_label(as_pair("怎样把一个列表倒过来" * 20, ""))) == 46
+    assert reports.short_label(as_pair("怎样把一个列表倒过来" * 20, "")) == "怎样把一个列表倒过来怎 …"
 
 
 def test_the_queries_that_moved_most_are_named_with_what_was_found():

@@ -37,7 +37,7 @@ def in_batch_diagram(queries, passages, title, path=None, source=None) -> Figure
     mono = {"family": ["DejaVu Sans Mono", *st.FONTS], "fontsize": min(10, 165 / longest)}
     ax.set_xticks(middles, columns, **mono)  # a long name is smaller: it must fit its column
     ax.set_yticks(middles, rows, fontsize=10)
-    ax.set_xlabel("codes of the batch", fontsize=11, color=st.MUTED)
+    ax.set_xlabel("passages of the batch", fontsize=11, color=st.MUTED)
     ax.set_ylabel("queries of the batch", fontsize=11, color=st.MUTED)
     return st.finish(fig, title, path, source)
 

@@ -1,0 +1,310 @@
+"""A reader's own pairs from a file to a better model: what the commands of `__main__` and the notebooks call.
+
+from embedding_tutorial import own_data
+print(own_data.check("my_pairs.csv"))
+own_data.train("my_pairs.csv", "models/mine")
+"""
+
+import dataclasses
+import os
+import sys
+import unicodedata
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from . import profiles, reports, training
+from .encoder import Encoder, embed, save_model
+from .files import TutorialError, atomic_file, relative, require_disk, write_json
+from .finetune import TrainConfig, bootstrap_interval, evaluate, mix, sign_flip_test, split_pairs
+from .pairs import one_per_query, own_pairs, passages_of, read_corpus, read_pairs, write_pairs
+
+HELD_OUT = 1_000  # queries, at most: enough to see a gain of 0.02 MRR
+WHOLE_GRAPH = 20_000  # tokens of a batch whose graph is kept whole: about 2 GB for MiniLM
+SAMPLE = 2_000  # pairs that `check` compares with each other
+ALPHA = 0.5  # of the way from base to fine-tuned: notebook 01, section 8
+LICENCES = {"sentence-transformers/all-MiniLM-L6-v2": "apache-2.0", "BAAI/bge-m3": "mit"}
+
+
+# ---------------------------------------------------------------- what the notebooks ask
+
+
+def chosen_files(pairs=None, corpus=None):
+    """(pairs, corpus) as paths or None: the arguments, else TUTORIAL_PAIRS and TUTORIAL_CORPUS."""
+    names = pairs or os.environ.get("TUTORIAL_PAIRS"), corpus or os.environ.get("TUTORIAL_CORPUS")
+    return tuple(Path(name) if name else None for name in names)
+
+
+def train_share(pairs):
+    """The share to train on: 0.8, and of many pairs more, so that about HELD_OUT are held out at most."""
+    return max(0.8, 1 - HELD_OUT / max(1, len(pairs)))
+
+
+def write_split(train_pairs, held_out, source, corpus, own):
+    """Write `data/own_*.jsonl` or `data/mbpp_*.jsonl`; returns what notebook 02 has to know of it."""
+    split = "data/own" if own else "data/mbpp"
+    write_pairs(f"{split}_train.jsonl", train_pairs)
+    write_pairs(f"{split}_val.jsonl", held_out)
+    return {"split": split, "pairs": Path(source).name, "corpus": corpus and str(corpus)}
+
+
+def texts_of_pairs(pairs):
+    """The different texts of pairs, queries first."""
+    return list(dict.fromkeys([pair["query"] for pair in pairs] + passages_of(pairs)))
+
+
+def token_counts(tokenizer, texts, progress=False):
+    """(tokens (n,), unknown (n,)): uncut lengths, special tokens included; a thousand texts at a time."""
+    counts, unknown = [], []
+    starts = range(0, len(texts), 1000)
+    for start in tqdm(starts, desc="counting tokens", file=sys.stdout, disable=not progress):
+        for row in tokenizer(texts[start : start + 1000], verbose=False)["input_ids"]:
+            counts.append(len(row))
+            unknown.append(row.count(tokenizer.unk_token_id))
+    return np.array(counts), np.array(unknown)
+
+
+def say_what_is_cut(encoder, pairs):
+    """Print how many texts are longer than the model reads here, and lose their end."""
+    texts = texts_of_pairs(pairs)
+    cut = int((token_counts(encoder.tokenizer, texts)[0] > encoder.max_length).sum())
+    if cut:
+        print(
+            f"{cut} of {len(texts):,} training texts are longer than {encoder.max_length} tokens: cut there."
+        )
+
+
+def fitted(config, encoder, pairs):
+    """The settings, changed with a printed sentence where the training pairs ask for it.
+
+    Fewer pairs than the batch: the batch is lowered. Long texts: GradCache, the same gradient in less memory.
+    """
+    say_what_is_cut(encoder, pairs)
+    if len(pairs) < config.batch_size:
+        print(f"{len(pairs)} training pairs are fewer than the batch of {config.batch_size}: batch lowered.")
+        config = dataclasses.replace(config, batch_size=len(pairs))
+    sample = pairs[:: max(1, len(pairs) // 1000)]
+    texts = [text for p in sample for text in (p["query"], p["pos_doc"], *p.get("neg", []))]
+    tokens = np.minimum(token_counts(encoder.tokenizer, texts)[0], config.max_length).sum() / len(sample)
+    if config.backward == "whole" and config.batch_size * tokens > WHOLE_GRAPH:
+        print(f"{tokens:.0f} tokens in a pair on average: GradCache, for less memory (notebook 01, 6.6).")
+        config = dataclasses.replace(config, backward="gradcache")
+    return config
+
+
+def padded_batch(encoder, pairs):
+    """Pairs in a padded batch of section 5 such that the longest text does not blow it up: 2 to 80."""
+    counts, _ = token_counts(encoder.tokenizer, texts_of_pairs(pairs)[:4000])
+    return int(np.clip(WHOLE_GRAPH // min(counts.max(), encoder.max_length), 2, 80))
+
+
+# ---------------------------------------------------------------- check
+
+
+def script_of(text):
+    """The most frequent script of a text's letters: "LATIN", "CJK", "CYRILLIC", …, or "no letters"."""
+    names = (unicodedata.name(letter, "?").split()[0] for letter in text[:200] if letter.isalpha())
+    return next((name for name, _ in Counter(names).most_common(1)), "no letters")
+
+
+def near_doubles(encoder, pairs, progress=False):
+    """[(cosine, query, other query, kind)] of pairs that may answer each other, the closest first.
+
+    Queries or passages of two pairs, without an equal text, with a cosine of 0.95 and more.
+    """
+    found = []
+    for side in ("query", "pos_doc"):
+        owner = {pair[side]: pair["query"] for pair in reversed(pairs)}
+        texts = list(owner)
+        with torch.no_grad():
+            vectors = embed(encoder, texts, progress=progress).cpu()
+        close = torch.triu(vectors @ vectors.T, diagonal=1)
+        for i, j in (close >= 0.95).nonzero().tolist():
+            if owner[texts[i]] != owner[texts[j]]:
+                kind = "queries" if side == "query" else "passages"
+                found.append((close[i, j].item(), owner[texts[i]], owner[texts[j]], kind))
+    return sorted(found, reverse=True)
+
+
+def repeated(counts):
+    return sum(count > 1 for count in counts.values())
+
+
+def check(path, model="pocket", query=None, passage=None, progress=False):
+    """What is in a file of pairs, as text: rows, doubles, lengths, languages, likely false negatives."""
+    rows, (folder, _, _) = read_pairs(path, query, passage), base_model(model)
+    different = {(pair["query"], pair["pos_doc"]): pair for pair in rows}.values()
+    queries, passages = Counter(p["query"] for p in different), Counter(p["pos_doc"] for p in different)
+    encoder, texts = Encoder(folder).eval(), texts_of_pairs(rows)
+    counts, unknown = token_counts(encoder.tokenizer, texts, progress)
+    scripts, cut = Counter(map(script_of, texts)).most_common(4), int((counts > encoder.max_length).sum())
+    lines = [
+        f"pairs: {len(rows):,}, of them {len(rows) - len(different)} twice; with hard negatives: "
+        f"{sum(bool(pair.get('neg')) for pair in rows):,}",
+        f"queries: {len(queries):,} different, {repeated(queries):,} with several passages",
+        f"passages: {len(passages):,} different, {repeated(passages):,} of several queries "
+        "(equal texts are never each other's negatives)",
+        f"tokens of a text: {np.median(counts):.0f} in the middle, {counts.max():,} the longest; "
+        f"{cut} longer than {encoder.max_length} are cut there",
+        "scripts: " + ", ".join(f"{name} {count / len(texts):.0%}" for name, count in scripts),
+        f"pieces that {model} does not know: {unknown.sum() / counts.sum():.1%}",
+    ]
+    if unknown.sum() > 0.05 * counts.sum() or (model == "pocket" and dict(scripts).get("CJK")):
+        lines.append("  The pocket model has learned from English alone: for other languages take bge-m3.")
+    sample = list(different)[:SAMPLE]
+    found = near_doubles(encoder, sample, progress)
+    lines.append(f"likely false negatives: {len(found)} near doubles among {len(sample):,} pairs compared")
+    for cosine, one, other, kind in found[:5]:
+        lines.append(
+            f"  {cosine:.2f} {kind} of: {reports.shortened(one, 50)} | {reports.shortened(other, 50)}"
+        )
+    if len(different) < 100:
+        lines.append("Fewer than 100 pairs: a gain will hardly show. Add pairs.")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- train
+
+
+def base_model(model):
+    """(folder, profile whose settings it gets, name) of "pocket", "bge-m3", or a model's folder."""
+    names = {"pocket": "pocket", "bge-m3": "full"}
+    if model in names:
+        profile = profiles.PROFILES[names[model]]
+        return profiles.model_path(profile), profile, profile.model
+    if not (Path(model) / "config.json").is_file():
+        raise TutorialError(
+            f"{relative(model)} is no model folder. Take pocket, bge-m3, or a model's folder."
+        )
+    large = sum(file.stat().st_size for file in Path(model).iterdir() if file.is_file()) > 1e9
+    return Path(model), profiles.PROFILES["full" if large else "pocket"], relative(model)
+
+
+def require_own_folder(out):
+    """Raise TutorialError where `out` is a folder of something else than a model: it would be replaced."""
+    out = Path(out)
+    ours = (out / "model.safetensors").is_file() and (out / "1_Pooling").is_dir()
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not ours):
+        raise TutorialError(f"{relative(out)} exists and is no model. Name a new folder with --out.")
+
+
+def compare(before, after):
+    """{metric: {"base", "merged", "difference": (mean, low, high), "p"}} of two results of `evaluate`."""
+    results = {}
+    for metric, score in (("Recall@1", lambda ranks: ranks == 1), ("MRR", lambda ranks: 1 / ranks)):
+        old, new = (score(result["ranks"]).astype(float) for result in (before, after))
+        results[metric] = {"base": bootstrap_interval(old), "merged": bootstrap_interval(new)}
+        results[metric] |= {"difference": bootstrap_interval(new - old), "p": sign_flip_test(new - old)}
+    return results
+
+
+def train(path, out, model="pocket", runs=1, corpus=None, query=None, passage=None, device=None, **settings):
+    """Train on a file of pairs with the notebook's recipe; leaves the merged model and its card in `out`.
+
+    The run itself, its split and results.json stay in `out`-run; called again it goes on from there.
+    runs: the mean of so many runs. settings: of TrainConfig. Returns what `compare` does.
+    """
+    require_own_folder(out)
+    everything, (folder, profile, name) = own_pairs(path, query, passage), base_model(model)
+    out, run = Path(out), Path(out).with_name(Path(out).name + "-run")
+    device, base = device or profiles.device_of_this_machine(), Encoder(folder).eval()
+    require_disk(out.parent, sum(w.numel() for w in base.parameters()) * 4e-9, "the merged model")
+    train_pairs, held_out = split_pairs(everything, train_share=train_share(everything))
+    held_out, candidates = one_per_query(held_out), passages_of(everything + read_corpus(corpus))
+    config = fitted(TrainConfig(**{**profile.config(device), **settings}), base, train_pairs)
+    print(f"{len(train_pairs):,} pairs to train on, {len(held_out):,} queries held out, {device}")
+    if runs > 1:
+        tuned = reports.averaged_model(folder, train_pairs, held_out, config, run, device, runs)
+    else:
+        tuned = training.train(folder, train_pairs, held_out, config, run, device)[0]
+    before = evaluate(base.to(device), held_out, candidates, progress=True)
+    states = [base.cpu().state_dict(), tuned.cpu().state_dict()]
+    base.load_state_dict(mix(states, [1 - ALPHA, ALPHA]))
+    after = evaluate(base.to(device), held_out, candidates, progress=True)
+    results = compare(before, after)
+    save_model(base, out)
+    for side, part in (("train", train_pairs), ("val", held_out)):
+        write_pairs(run / f"{side}.jsonl", part)
+    sizes = {"training pairs": len(train_pairs), "held-out queries": len(held_out)}
+    sizes |= {"passages searched": len(candidates), "runs": runs, "alpha": ALPHA}
+    write_json(run / "results.json", {**sizes, "results": results})
+    write_card(out, name, sizes, config, results)
+    return results
+
+
+def table_of(results):
+    """The results as rows of a Markdown table."""
+    lines = ["| held-out | base | merged | difference | p |", "| --- | --- | --- | --- | --- |"]
+    for metric, row in results.items():
+        cells = reports.interval(row["base"]), reports.interval(row["merged"])
+        change = reports.interval(row["difference"], sign=True)
+        lines.append(f"| {metric} | {cells[0]} | {cells[1]} | {change} | {row['p']:.3f} |")
+    return "\n".join(lines)
+
+
+def write_card(folder, name, sizes, config, results):
+    """README.md of a trained model: what it is, its figures, data, settings, and whose licences count."""
+    licence = LICENCES.get(name, "unknown: look it up")
+    shown = "epochs batch_size learning_rate temperature max_length precision seed".split()
+    settings = "\n".join(f"| {key} | {getattr(config, key)} |" for key in shown)
+    with atomic_file(Path(folder) / "README.md", "w") as file:
+        file.write(f"""---
+library_name: sentence-transformers
+pipeline_tag: sentence-similarity
+base_model: {name}
+license: other
+license_name: to-be-filled-in
+---
+
+# {Path(folder).resolve().name}
+
+{name}, fine-tuned on own pairs and taken {ALPHA:.0%} of the way from the base to the last epoch.
+Made with the embedding tutorial (`python -m embedding_tutorial train`).
+
+{table_of(results)}
+
+In brackets: 95 % intervals over the held-out queries (paired bootstrap for the difference).
+
+| data and settings | |
+| --- | --- |
+{"".join(f"| {key} | {value} |{chr(10)}" for key, value in sizes.items())}{settings}
+
+Licence of the base model: {licence}. Licence of the data: to be filled in. Licence of this model: to be
+filled in; it has to suit both.
+""")
+
+
+# ---------------------------------------------------------------- evaluate and search
+
+
+def evaluate_file(folder, path, corpus=None, query=None, passage=None, device=None):
+    """{metric: (mean, low, high)} of a model folder on a file of pairs, and how many queries and passages."""
+    pairs = one_per_query(read_pairs(path, query, passage))
+    candidates = passages_of(pairs + read_corpus(corpus))
+    run = Path(folder).with_name(Path(folder).name + "-run") / "train.jsonl"
+    if run.is_file() and (seen := {p["query"] for p in read_pairs(run)} & {p["query"] for p in pairs}):
+        print(f"{len(seen)} of {len(pairs)} queries were trained on; val.jsonl beside them was not.")
+    encoder = Encoder(folder).to(device or profiles.device_of_this_machine()).eval()
+    ranks = evaluate(encoder, pairs, candidates, progress=True)["ranks"]
+    scores = {"Recall@1": ranks == 1, "MRR": 1 / ranks}
+    return {name: bootstrap_interval(v) for name, v in scores.items()}, len(pairs), len(candidates)
+
+
+class Search:
+    """Passages of a file of pairs or of a corpus, embedded once: `Search(folder, file)("query")`."""
+
+    def __init__(self, folder, path, column=None, device=None):
+        self.passages = read_corpus(path, column)
+        self.encoder = Encoder(folder).to(device or profiles.device_of_this_machine()).eval()
+        with torch.no_grad():
+            self.vectors = embed(self.encoder, self.passages, progress=True).cpu()
+
+    def __call__(self, query, top=3):
+        """[(similarity, passage)], the best first."""
+        with torch.no_grad():
+            scores = self.vectors @ embed(self.encoder, [query])[0].cpu()
+        best = scores.topk(min(top, len(self.passages)))
+        return [(s, self.passages[i]) for s, i in zip(*map(torch.Tensor.tolist, best), strict=True)]
