@@ -42,13 +42,13 @@ def relative(path):
 
 
 def disk_trouble(error):
-    """(whether the disk is full, the system's own words) where an error comes from a disk that takes no
-    more or lets nobody write, else None. Also one that a library hides: torch and safetensors do."""
+    """(whether the disk is full, the system's error) where an error comes from a disk that takes no more
+    or lets nobody write, else None. Also one that a library hides: torch and safetensors do."""
     while error is not None:
         numbers = re.findall(r"(?:Errno|os error|WinError) (\d+)", str(error))
         codes = {getattr(error, "errno", None), *map(int, numbers)}
         if codes & (FULL | CLOSED):
-            return bool(codes & FULL), str(error)
+            return bool(codes & FULL), error
         error = error.__cause__ or error.__context__
     return None
 
@@ -66,7 +66,8 @@ def disk_errors_named(path, temporary=None):
     except Exception as error:
         if (trouble := disk_trouble(error)) is None:
             raise
-        full, reason = trouble
+        full, cause = trouble
+        reason = temporary and getattr(cause, "strerror", None) or cause  # without the temporary name
         if not full:
             raise TutorialError(
                 f"{relative(path)} could not be written: the system refuses it ({reason}). Make the folder "
@@ -147,6 +148,7 @@ def atomic_file(path, mode="wb"):
     try:
         with disk_errors_named(path, temporary):
             path.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(path.parent, path.name)
             with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
                 yield file
                 file.flush()
@@ -186,7 +188,7 @@ def atomic_folder(path):
     temporary, old = temporary_name(path, "tmp"), temporary_name(path, "old")
     try:
         with disk_errors_named(path, temporary):
-            _remove(temporary)
+            remove_leftovers(path.parent, path.name)
             temporary.mkdir(parents=True)
             yield temporary
             for file in temporary.rglob("*"):
@@ -225,10 +227,15 @@ def recover(path):
     return path
 
 
-def remove_leftovers(folder):
-    """Delete temporary files and folders that dead processes left in `folder`; recover swapped folders."""
+def remove_leftovers(folder, only=None):
+    """Delete temporary files and folders that dead processes left in `folder`; recover swapped folders.
+
+    only: the name of one file or folder whose leftovers are meant; None: all.
+    """
     with disk_errors_named(folder):
         for entry, name, ending in _leftovers(folder):
+            if only not in (None, name):
+                continue
             if ending == "old":
                 recover(entry.with_name(name))
             _remove(entry)
