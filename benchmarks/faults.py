@@ -373,9 +373,8 @@ def misled(shop, place, target, stages):
     differ = differences(place, shop.after[stages[-1]])
     if name.as_posix() not in differ or not (target.parent / "config.json").exists():
         return [other for other in differ if other != name.as_posix()]  # made again, or nobody reads it
-    whole = next(f for f in (shop.before["export"] / name.parent,) if f.exists())
-    kind, told = opened_alike(target.parent, whole)  # a model that the stages do not open
-    return [] if kind else [told]
+    good, told = opened_alike(target.parent, shop.finished / name.parent)  # a model that no stage opens
+    return [] if good else [told]
 
 
 def opened_alike(folder, whole):
@@ -401,7 +400,7 @@ def inputs(shop, share, draw):
 KINDS = {kind.__name__: kind for kind in (kills, full, closed, clock, two, damaged, inputs)}
 
 
-def campaign(folder, kinds=tuple(KINDS), share=1, seed=0, show=print):
+def campaign(folder, kinds, share, seed):
     """{kind: {"what", "tried", "good", "wrong": {what was tried: what was wrong}, "seconds"}}."""
     shop, found = Workshop(Path(folder)), {}
     for kind in kinds:
@@ -409,7 +408,7 @@ def campaign(folder, kinds=tuple(KINDS), share=1, seed=0, show=print):
         for what, wrong in KINDS[kind](shop, share, random.Random(seed)):
             tried.append((what, wrong))
             if wrong:
-                show(f"{kind}, {what}: {wrong}")
+                print(f"{kind}, {what}: {wrong}", flush=True)
         found[kind] = {
             "what": KINDS[kind].__doc__,
             "tried": len(tried),
@@ -418,7 +417,7 @@ def campaign(folder, kinds=tuple(KINDS), share=1, seed=0, show=print):
             "wrong": {what: wrong for what, wrong in tried if wrong},
             "seconds": round(time.perf_counter() - start, 1),
         }
-        show(f"{kind}: {found[kind]['good']} of {len(tried)} in {found[kind]['seconds']} s")
+        print(f"{kind}: {found[kind]['good']} of {len(tried)} in {found[kind]['seconds']} s", flush=True)
     return found
 
 
