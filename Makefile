@@ -8,7 +8,7 @@ ifeq ($(shell uname -s 2>/dev/null),Linux)
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi 2>/dev/null),,https://download.pytorch.org/whl/cpu)
 endif
 
-.PHONY: run test lab lint export bench study recipes python-version
+.PHONY: run test lab lint export bench faults study recipes python-version
 .DEFAULT_GOAL := run
 
 run: .venv/.run
@@ -31,6 +31,10 @@ bench: .venv/.dev
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/encoding.py
 	$(BIN)/python benchmarks/search.py
+
+# Kills, full disks, two processes at once, damaged files: at most ten minutes on 2 cores.
+faults: .venv/.dev
+	$(BIN)/python benchmarks/faults.py
 
 # Goes on where it stopped; from nothing it takes about nine hours on 2 cores (half the sum of the cells in the two results: two run at a time).
 study: .venv/.dev

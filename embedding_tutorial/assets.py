@@ -21,8 +21,10 @@ from .files import (
     TutorialError,
     atomic_file,
     data_files,
+    disk_trouble,
     file_problem,
     folders_gb,
+    only_process,
     relative,
     require_disk,
     sha256_of,
@@ -132,7 +134,8 @@ def bge_m3_path(models_dir=ROOT / "models", revision=BGE_M3_REVISION, announce=p
     commands = _bge_m3_commands(folder, revision)
     if network.hub_offline():
         raise TutorialError(f"{folder}: not there, and HF_HUB_OFFLINE forbids downloading it. {commands}")
-    return _download_bge_m3(folder, revision, commands, announce)
+    with only_process(folder):  # two would append to the same file; and the other one may just have ended
+        return local_bge_m3(models_dir, revision) or _download_bge_m3(folder, revision, commands, announce)
 
 
 def _download_bge_m3(folder, revision, commands, announce):
@@ -151,6 +154,8 @@ def _download_bge_m3(folder, revision, commands, announce):
             fetch()
             _verify_bge_m3_download(partial, revision)
         except Exception as error:  # whatever one host does wrong, the next one gets its turn
+            if disk_trouble(error):
+                raise
             causes.append(f"{endpoint}: {network.cause_of(error)}")
         else:
             return _publish(partial, folder)

@@ -4,6 +4,7 @@ Texts go through the model in groups of similar length, each laid end to end in 
 pad token is computed. Only attention has to know where a text begins and ends.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -186,7 +187,8 @@ class Encoder(torch.nn.Module):
         super().__init__()
         self.folder, self.max_length, self.pooling = Path(folder), max_length, read_pooling(folder)
         weights_file(folder)
-        config = AutoConfig.from_pretrained(self.folder)
+        with damage_named(folder):
+            config = AutoConfig.from_pretrained(self.folder)
         if config.model_type not in ("bert", "roberta", "xlm-roberta"):
             raise TutorialError(
                 f"{relative(folder)} is a {config.model_type}; this code knows bert, roberta and xlm-roberta."
@@ -200,10 +202,11 @@ class Encoder(torch.nn.Module):
             raise TutorialError(
                 f"max_length {max_length} is more than the {limit} tokens that {relative(folder)} can read."
             )
-        self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        self.backbone = AutoModel.from_pretrained(
-            self.folder, config=config, attn_implementation="packed", dtype=torch.float32
-        )
+        with damage_named(folder):
+            self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
+            self.backbone = AutoModel.from_pretrained(
+                self.folder, config=config, attn_implementation="packed", dtype=torch.float32
+            )
         self.small_table = None  # while training: the rows of the word table that occur (see words.py)
 
     device = property(lambda self: next(self.parameters()).device)
@@ -294,6 +297,19 @@ def read_pooling(folder):
     raise TutorialError(
         f"{relative(path)} asks for neither CLS nor mean pooling: {config}. Use a model with one of them."
     )
+
+
+@contextlib.contextmanager
+def damage_named(folder):
+    """Turn whatever a library raises over a model folder that it can't read into a TutorialError."""
+    try:
+        yield
+    except Exception as error:  # of many types: JSON, UTF-8, safetensors, torch, tokenizers
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise TutorialError(
+            f"{relative(folder)} can't be read as a model ({reason}). Delete the folder and run the cell "
+            "that makes it again, or download it again."
+        ) from error
 
 
 def weights_file(folder):

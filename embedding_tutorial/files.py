@@ -1,21 +1,33 @@
-"""Files that are either complete or absent, paths as a reader types them, hashes, and free disk space.
+"""Files that are either complete or absent, locks, paths as a reader types them, hashes, and free disk space.
 
 Every write goes to a temporary neighbour first, is flushed to the disk and then renamed. A rename
 within one folder is atomic on POSIX and on NTFS, so a killed process or a full disk leaves the
-previous version readable and at most a `.tmp` leftover, which `remove_leftovers` deletes.
+previous version readable and at most a `.tmp` leftover, which `remove_leftovers` deletes. The neighbour's
+name holds the process that writes it: no two share one, and nobody deletes what a living one is writing.
 """
 
+import contextlib
+import errno
 import functools
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
+import socket
+import sys
 import time
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+WAIT_S = 5  # for another process to leave a folder, before it is named
+TOKEN = secrets.token_hex(4)  # two machines that share a folder may both have a process of one number
+LEFTOVER = re.compile(r"\.(.+?)(?:\.(\d+)(?:-[0-9a-f]{8})?)?\.(tmp|old)")  # name, process, ending
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, 112}  # the last one is Windows' own number
+CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 class TutorialError(RuntimeError):
@@ -29,20 +41,121 @@ def relative(path):
     return str(whole.relative_to(ROOT) if whole.is_relative_to(ROOT) else whole)
 
 
+def disk_trouble(error):
+    """(whether the disk is full, the system's error) where an error comes from a disk that takes no more
+    or lets nobody write, else None. Also one that a library hides: torch and safetensors do."""
+    while error is not None:
+        numbers = re.findall(r"(?:Errno|os error|WinError) (\d+)", str(error))
+        codes = {getattr(error, "errno", None), *map(int, numbers)}
+        if codes & (FULL | CLOSED):
+            return bool(codes & FULL), error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@contextmanager
+def disk_errors_named(path, temporary=None):
+    """Turn a full or closed disk, met while `path` is written, into a TutorialError with the remedy.
+
+    temporary: where the new version grows; with the size of the old one it tells how much space is missing.
+    """
+    try:
+        yield
+    except TutorialError:
+        raise
+    except Exception as error:
+        if (trouble := disk_trouble(error)) is None:
+            raise
+        full, cause = trouble
+        reason = temporary and getattr(cause, "strerror", None) or cause  # without the temporary name
+        if not full:
+            raise TutorialError(
+                f"{relative(path)} could not be written: the system refuses it ({reason}). Make the folder "
+                "writable, or close the program that has it open; then run this again."
+            ) from error
+        free, written = free_disk_gb(path), _size_gb(temporary) if temporary else 0
+        missing = _size_gb(path) - written - free if temporary else 0
+        space = f"{1000 * free:,.1f} MB are free"
+        space += f", {1000 * missing:,.1f} MB are missing" if missing > 0 else ""
+        raise TutorialError(
+            f"{relative(path)} could not be written: the disk is full ({reason}; {space}). Free some space, "
+            "or move the folder to a larger disk and leave a link; then run this again. What was complete "
+            "before is still there."
+        ) from error
+
+
+def _size_gb(path):
+    """GB (1e9 bytes) of a file, or of all files in a folder; 0 where it is absent."""
+    path = Path(path)
+    return path.stat().st_size / 1e9 if path.is_file() else folders_gb(path)
+
+
+@contextmanager
+def only_process(path):
+    """Keep every other process out of a folder (or away from a file) while the block runs.
+
+    Raises TutorialError, after WAIT_S, that names the other one as it described itself beside the lock.
+    The lock is the operating system's: a killed process holds nothing.
+    """
+    import filelock
+
+    path = Path(os.path.realpath(path))  # two names of one folder are one lock
+    lock_file, owner = path.with_name(f".{path.name}.lock"), path.with_name(f".{path.name}.owner")
+    with disk_errors_named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(lock_file, timeout=WAIT_S)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise TutorialError(
+                f"Another process is working on {relative(path)}: {_other_process(owner)}. "
+                "Wait until it has ended, or stop it; then run this again."
+            ) from None
+        try:
+            owner.write_text(_this_process(), encoding="utf-8")
+            yield
+        finally:
+            owner.unlink(missing_ok=True)
+            if os.name != "nt":  # where no open file can be deleted: the empty one stays
+                lock_file.unlink(missing_ok=True)  # while it is held: who waits for it makes a new one
+            lock.release()
+
+
+def _this_process():
+    import psutil
+
+    command = " ".join(sys.argv)[:200]
+    started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(psutil.Process().create_time()))
+    return f"number {os.getpid()} on {socket.gethostname()}, started {started}: {command}"
+
+
+def _other_process(owner):
+    """What the holder of a lock wrote about itself; nothing known in the moment before it has."""
+    try:
+        return owner.read_text(encoding="utf-8") or "it has just begun"
+    except OSError:
+        return "it has just begun"
+
+
 @contextmanager
 def atomic_file(path, mode="wb"):
-    """Yield an open temporary file that becomes `path` when the block ends without an error."""
+    """Yield an open temporary file that becomes `path` when the block ends without an error.
+
+    Raises TutorialError where the disk is full or can't be written.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path, "tmp")
     try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with disk_errors_named(path, temporary):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(path.parent, path.name)
+            with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
 
 
 def write_json(path, value):
@@ -68,44 +181,88 @@ def read_json(path):
 def atomic_folder(path):
     """Yield a temporary folder that becomes `path`, replacing an older one, when the block succeeds.
 
-    A folder cannot be swapped in one step, so the old one is first renamed to `.NAME.old`; `recover`
-    puts it back if the process dies between the two renames.
+    A folder cannot be swapped in one step, so the old one is first renamed to `.NAME.PROCESS.old`; `recover`
+    puts it back if the process dies between the two renames. Raises TutorialError as `atomic_file` does.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = temporary_name(path, "tmp"), temporary_name(path, "old")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with open(file, "rb+") as handle:
-                    os.fsync(handle.fileno())
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(path, old)
-        os.rename(temporary, path)
-        shutil.rmtree(old, ignore_errors=True)
+        with disk_errors_named(path, temporary):
+            remove_leftovers(path.parent, path.name)
+            temporary.mkdir(parents=True)
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    with open(file, "rb+") as handle:
+                        os.fsync(handle.fileno())
+            _swap(temporary, path, old)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
+
+
+def _swap(new, path, old):
+    """Put the folder `new` in the place of `path`, if there is one; another process may do so as well."""
+    try:
+        while new.exists():
+            with contextlib.suppress(FileNotFoundError):  # nothing to replace
+                os.rename(path, old)
+            try:
+                os.rename(new, path)
+            except OSError:
+                if not path.exists():
+                    raise
+                _remove(old)  # another process was quicker: now replace its version
+    finally:
+        if old.exists() and not path.exists():
+            os.rename(old, path)
+        _remove(old)
 
 
 def recover(path):
-    """Undo a folder swap that a kill interrupted: put `.NAME.old` back where `path` is missing."""
+    """Undo a folder swap that a kill interrupted: put the old version back where `path` is missing."""
     path = Path(path)
-    old = temporary_name(path, "old")
-    if old.exists() and not path.exists():
-        os.rename(old, path)
+    for entry, name, ending in _leftovers(path.parent):
+        if ending == "old" and name == path.name and not path.exists():
+            os.rename(entry, path)
     return path
 
 
-def remove_leftovers(folder):
-    """Delete temporary files and folders that killed runs left in `folder`; recover swapped folders."""
-    for entry in Path(folder).glob(".*.old"):
-        recover(entry.with_name(entry.name[1 : -len(".old")]))
-    for entry in [*Path(folder).glob(".*.tmp"), *Path(folder).glob(".*.old")]:
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+def remove_leftovers(folder, only=None):
+    """Delete temporary files and folders that dead processes left in `folder`; recover swapped folders.
+
+    only: the name of one file or folder whose leftovers are meant; None: all.
+    """
+    with disk_errors_named(folder):
+        for entry, name, ending in _leftovers(folder):
+            if only not in (None, name):
+                continue
+            if ending == "old":
+                recover(entry.with_name(name))
+            _remove(entry)
+
+
+def _leftovers(folder):
+    """[(path, the name that it would have got, "tmp" or "old")] of what no living process is writing."""
+    found = [(entry, LEFTOVER.fullmatch(entry.name)) for entry in sorted(Path(folder).glob(".*"))]
+    return [(entry, m[1], m[3]) for entry, m in found if m and not (m[2] and _works_elsewhere(int(m[2])))]
+
+
+def _works_elsewhere(process):
+    """Whether this number is another process that lives. What this one left, it left: it writes in order."""
+    import psutil
+
+    try:
+        return process != os.getpid() and psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _remove(path):
+    """Delete a file or a whole folder, where there is one."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def move_aside(folder, target):
@@ -115,8 +272,8 @@ def move_aside(folder, target):
 
 
 def temporary_name(path, ending):
-    """The hidden neighbour `.NAME.tmp` or `.NAME.old` of a path."""
-    return path.with_name(f".{path.name}.{ending}")
+    """This process's own hidden neighbour of a path: `.NAME.PROCESS-TOKEN.tmp`, or `.old`."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{TOKEN}.{ending}")
 
 
 def link_folder(source, target):

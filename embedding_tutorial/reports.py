@@ -9,12 +9,12 @@ import numpy as np
 import pandas as pd
 
 from .encoder import Encoder, embed, save_model, weights_file
-from .files import read_json, require_disk, write_json
+from .files import TutorialError, only_process, read_json, relative, require_disk, write_json
 from .finetune import bootstrap_interval, mix
 from .pairs import answers_of, read_rewrites, with_rewrites
 from .profiles import rewrites_path
-from .runs import keep_weights_only, run_size_gb
-from .training import train
+from .runs import is_complete, keep_weights_only, run_size_gb
+from .training import run_identity, train
 
 
 def preview(code, lines=3):
@@ -89,7 +89,8 @@ def averaged_model(base, train_pairs, val_pairs, config, run, device, runs=3, re
 
     rewrites_of: the data file whose rewrites (`data/*_rewrites.json`) the training pairs get; None: none.
     Of each run only the weights stay on the disk, and one model at a time is on the device. Raises
-    TutorialError before the first run where the disk can't hold them all.
+    TutorialError before the first run where the disk can't hold them all, and before the mean is saved where
+    a run has other settings than the rest, as when the base was exchanged in between.
     """
     if rewrites_of is not None:
         file = rewrites_path(rewrites_of)
@@ -97,20 +98,30 @@ def averaged_model(base, train_pairs, val_pairs, config, run, device, runs=3, re
         if not any("other_queries" in pair for pair in train_pairs):
             print(f"No rewrites belong to the pairs of {Path(rewrites_of).name}: training goes on without.")
     kind, mean = "-rewrites" if rewrites_of is not None else "", None
-    folders = [Path(f"{run}{kind}-seed-{config.seed + n}") for n in range(runs)]
-    size, missing = weights_file(base).stat().st_size, sum(not folder.exists() for folder in folders)
+    seeds = [dataclasses.replace(config, seed=config.seed + n, keep_checkpoints=1) for n in range(runs)]
+    wanted = {
+        Path(f"{run}{kind}-seed-{one.seed}"): run_identity(base, train_pairs, val_pairs, one) for one in seeds
+    }
+    missing = sum(not is_complete(folder, identity) for folder, identity in wanted.items())
+    size = weights_file(base).stat().st_size
     if missing:  # the last one needs the room of a run, the others leave their weights; then the mean
         require_disk(run, run_size_gb(size, 3 * size, 1) + missing * size / 1e9, f"{missing} runs")
-    for n, folder in enumerate(folders):
-        one = dataclasses.replace(config, seed=config.seed + n, keep_checkpoints=1)
+    for n, (folder, one) in enumerate(zip(wanted, seeds, strict=True)):
         model = train(base, train_pairs, val_pairs, one, folder, device)[0].cpu()
         state = model.state_dict()
         mean = state if mean is None else mix([mean, state], [n / (n + 1), 1 / (n + 1)])
         keep_weights_only(folder)
         del model, state
+    for folder, identity in wanted.items():
+        if not is_complete(folder, identity):
+            raise TutorialError(
+                f"{relative(folder)} is not the run that was to be averaged: it has other settings, pairs or "
+                "base. Another process has changed it, or the base model. Run this again."
+            )
     model = Encoder(base, config.max_length)
     model.load_state_dict(mean)
-    save_model(model, Path(run) / "averaged")
+    with only_process(Path(run) / "averaged"):
+        save_model(model, Path(run) / "averaged")
     return model.to(device).eval()
 
 

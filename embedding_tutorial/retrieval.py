@@ -4,6 +4,7 @@ mteb keeps the scoring, the metrics and the files; `evaluate_retrieval` gives it
 from the weights, so that a score can't belong to another model.
 """
 
+import contextlib
 import gc
 import hashlib
 import json
@@ -25,7 +26,7 @@ from . import profiles
 from .assets import t2retrieval_source
 from .encoder import Encoder, companions, fingerprint
 from .evaluation import best_passages
-from .files import TutorialError, data_files, relative, sha256_of, sha256_once
+from .files import TutorialError, data_files, only_process, relative, sha256_of, sha256_once
 from .finetune import rank_of_positive
 from .pairs import answers_of, best_answers
 from .pocket_task import PocketT2
@@ -279,15 +280,17 @@ def evaluate_retrieval(name, task, identity, encoder, store, device="cpu"):
         overwrites={"name": f"local/{name}", "revision": revision, "modalities": ["text"]}
     )
     meta = meta.model_copy(update={"loader": lambda *args, **kwargs: EmbedSearch(encoder, meta, device)})
-    # An absolute path: mteb resolves the cache folder against a working directory of its own.
-    mteb.evaluate(
-        meta,
-        task,
-        cache=mteb.ResultCache(Path(store).absolute()),
-        co2_tracker=False,
-        show_progress_bar=False,
-        encode_kwargs={"show_progress_bar": False},
-    )
+    # Where the score is known, nothing is written: then the folder may be read-only, or another process's.
+    with contextlib.nullcontext() if cached else only_process(path.parent):
+        # An absolute path: mteb resolves the cache folder against a working directory of its own.
+        mteb.evaluate(
+            meta,
+            task,
+            cache=mteb.ResultCache(Path(store).absolute()),
+            co2_tracker=False,
+            show_progress_bar=False,
+            encode_kwargs={"show_progress_bar": False},
+        )
     how = "read from the cache" if cached else "evaluated"
     print(f"{name}: {task.metadata.name} {how} in {time.perf_counter() - start:.1f} s")
     return TaskResult.from_disk(path)  # as filed, rounded: the same now and from the cache

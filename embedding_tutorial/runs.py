@@ -28,6 +28,12 @@ def load_state(run_dir):
         raise TutorialError(f"{path} is damaged ({reason}). Delete it to train from the start.") from error
 
 
+def is_complete(run_dir, identity):
+    """Whether a run with this identity has ended there. Raises TutorialError where its state is damaged."""
+    state = load_state(run_dir)
+    return bool(state) and "fine-tuned" in state and state["identity"] == identity
+
+
 def checkpoint_epochs(run_dir):
     """Epoch numbers of the `checkpoint-epoch-N` folders of a run, ascending."""
     folders = Path(run_dir).glob("checkpoint-epoch-*")

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from .encoder import embed
-from .files import atomic_file, remove_leftovers, text_key, write_json
+from .files import atomic_file, disk_errors_named, only_process, remove_leftovers, text_key, write_json
 
 DIGEST = hashlib.sha256().digest_size  # bytes of a shard's checksum
 
@@ -56,7 +56,8 @@ class VectorStore:
             return None
         except (OSError, ValueError, EOFError) as error:
             print(f"Shard {path.name} is damaged ({error}): {self.again} it again.")
-            path.unlink(missing_ok=True)
+            with disk_errors_named(path):
+                path.unlink(missing_ok=True)
             return None
 
     @staticmethod
@@ -126,23 +127,31 @@ class StoredEncoder:
         cut = cut_into_shards(texts, self.shard_characters)
         parts = [[texts[i] for i in shard] for shard in cut]
         shards = [(text_key(part), part) for part in parts]
-        found = {
-            n: vectors
-            for n, (key, part) in enumerate(shards)
-            if (vectors := self.store.load(key, len(part))) is not None
-        }
+        found = self._found(range(len(shards)), shards)
         if found:
             print(
                 f"{label}: {len(found)} of {len(shards)} shards were encoded earlier and are read from disk."
             )
-        missing = [n for n in range(len(shards)) if n not in found]
-        for n, vectors in self._encode(missing, shards, label) if missing else ():
-            self.store.save(shards[n][0], vectors)
-            found[n] = vectors
+        if len(found) < len(shards):
+            with only_process(self.store.folder):
+                self._complete(found, shards, label)
         result = np.empty((len(texts), found[0].shape[1]), dtype=np.float32)
         for n, shard in enumerate(cut):
             result[shard] = found.pop(n)
         return result
+
+    def _found(self, numbers, shards):
+        """{shard number: vectors} of those that are on disk."""
+        loaded = ((n, self.store.load(shards[n][0], len(shards[n][1]))) for n in numbers)
+        return {n: vectors for n, vectors in loaded if vectors is not None}
+
+    def _complete(self, found, shards, label):
+        """Encode and save what is not in `found`: as no other process does now, and none did meanwhile."""
+        found |= self._found([n for n in range(len(shards)) if n not in found], shards)
+        missing = [n for n in range(len(shards)) if n not in found]
+        for n, vectors in self._encode(missing, shards, label) if missing else ():
+            self.store.save(shards[n][0], vectors)
+            found[n] = vectors
 
     def _encode(self, missing, shards, label):
         """Yield (shard number, vectors), tokenising the next shard while the model works on this one."""

@@ -32,6 +32,7 @@ from .files import (
     file_problem,
     link_folder,
     move_aside,
+    only_process,
     relative,
     remove_leftovers,
     text_key,
@@ -55,6 +56,12 @@ STATE_FORMAT = 2  # raised when a state of an earlier version can't be continued
 MAX_BAD_UPDATES = 10  # non-finite updates in a row before a run stops
 # What sets memory, disk and time, and not the result: it may change between a kill and the next call.
 FREE_TO_CHANGE = "backward checkpointing keep_checkpoints save_every save_minutes token_budget".split()
+# What a reader calls the parts of a run's identity that are no setting of the configuration.
+CHANGED = {
+    "base": "the base model's weights, tokenizer or pooling",
+    "data": "the pairs",
+    "format": "an earlier version of this code",
+}
 
 
 @dataclass
@@ -335,9 +342,8 @@ def open_folder(folder, changed, goes_on):
     if changed:
         aside = folder.with_name(folder.name + ".previous")
         move_aside(folder, aside)
-        print(
-            f"The run in {relative(folder)} had other settings ({', '.join(changed)}): moved to {aside.name}."
-        )
+        what = ", ".join(CHANGED.get(name, name) for name in changed)
+        print(f"The run in {relative(folder)} had other settings ({what}): moved to {aside.name}.")
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     if not goes_on:  # checkpoints of a run that ended before its first state
@@ -386,6 +392,12 @@ def train(base, train_pairs, val_pairs, config, folder, device=None, progress=Tr
     """
     folder, device = Path(folder), device or device_of_this_machine()
     check_before_training(base, train_pairs, val_pairs, config, folder, device)
+    with only_process(folder):
+        return train_alone(base, train_pairs, val_pairs, config, folder, device, progress, stop_after)
+
+
+def train_alone(base, train_pairs, val_pairs, config, folder, device, progress, stop_after):
+    """`train`, checked, while no other process works in the folder."""
     identity = run_identity(base, train_pairs, val_pairs, config)
     state = load_state(folder) if folder.exists() else None
     changed = [name for name in identity if state and state["identity"].get(name) != identity[name]]

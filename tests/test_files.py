@@ -1,11 +1,15 @@
 """Complete or absent: what stays on disk when a write fails or a process dies; paths, hashes, free space."""
 
 import ast
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import socket
+import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -59,7 +63,7 @@ def test_an_error_while_writing_leaves_the_old_file_alone(tmp_path, error):
 def test_a_disk_full_at_the_last_moment_leaves_the_old_file_alone(tmp_path, call, monkeypatch):
     (tmp_path / "a.json").write_text("[1]")
     monkeypatch.setattr(files.os, call, full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(TutorialError, match="a.json could not be written: the disk is full .*No space left"):
         write_json(tmp_path / "a.json", [2])
     assert tree(tmp_path) == {"a.json": b"[1]"}
 
@@ -110,7 +114,7 @@ def test_a_disk_full_at_the_flush_leaves_the_old_folder_alone(tmp_path, monkeypa
     make_folder(tmp_path / "model", "old")
     before = tree(tmp_path)
     monkeypatch.setattr(files.os, "fsync", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(TutorialError, match="model could not be written: the disk is full .*No space left"):
         make_folder(tmp_path / "model", "new")
     assert tree(tmp_path) == before
 
@@ -169,6 +173,111 @@ def test_remove_leftovers_touches_nothing_else(tmp_path):
     (tmp_path / "old.old").touch()
     remove_leftovers(tmp_path)
     assert tree(tmp_path).keys() == {".keep", "notes.tmp", "old.old"}
+
+
+def test_what_a_living_process_is_writing_is_not_deleted(tmp_path):
+    """Two processes and one folder: cleaning up in one must not take the other's half-written model."""
+    code = "with files.atomic_folder(Path(sys.argv[1])) as f:\n    (f / 'w').touch(); print(); input()"
+    with other_process(code, tmp_path / "model") as other:
+        remove_leftovers(tmp_path)
+        (written,) = tmp_path.rglob("w")
+        make_folder(tmp_path / "model", "mine")
+        other.communicate("\n")
+        assert other.returncode == 0 and written.parent.name.startswith(f".model.{other.pid}-")
+    assert tree(tmp_path) == {"model": None, "model/w": b""}  # the last one, whole
+
+
+@pytest.mark.parametrize("signal", ["kill", "in the swap"])
+def test_what_a_dead_process_was_writing_is_cleaned_up(tmp_path, signal):
+    make_folder(tmp_path / "model", "old")
+    code = "with files.atomic_folder(Path(sys.argv[1])) as f:\n    (f / 'w').touch(); print(); input()"
+    if signal == "in the swap":  # killed between its two renames
+        real = "real = os.rename\nfiles.os.rename = lambda a, b: real(a, b) if '.old' in str(b) else die()\n"
+        die(real + "with files.atomic_folder(Path(sys.argv[1])) as f: pass", tmp_path / "model")
+        assert not (tmp_path / "model").exists()
+    else:
+        with other_process(code, tmp_path / "model"):
+            pass  # killed at the end of the block
+        assert len([*tmp_path.iterdir()]) == 2
+    remove_leftovers(tmp_path)
+    assert tree(tmp_path) == {"model": None, "model/sub": None, "model/sub/file": b"old"}
+
+
+# ---------------------------------------------------------------- locks
+
+HOLD = "with files.only_process(sys.argv[1]):\n    print(flush=True); input()"
+
+
+@contextlib.contextmanager
+def other_process(code, *args):
+    """A process that runs `code` up to the first line that it prints; killed at the end of the block."""
+    program = "import os, sys\nfrom pathlib import Path\nfrom embedding_tutorial import files\n" + code
+    command = [sys.executable, "-u", "-c", program, *map(str, args)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        assert process.stdout.readline() == "\n"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_second_process_is_told_of_the_first_and_a_killed_one_holds_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "WAIT_S", 0.2)
+    with other_process(HOLD, tmp_path / "run") as other:
+        link = tmp_path / "link"
+        link.symlink_to(tmp_path / "run")
+        for name in (tmp_path / "run", link):
+            with pytest.raises(TutorialError) as error, files.only_process(name):
+                raise AssertionError("entered")
+            told = str(error.value)
+            assert "run" in told and f"number {other.pid} on {socket.gethostname()}, started 20" in told
+            assert "Wait until it has ended, or stop it" in told
+        remove_leftovers(tmp_path)  # a lock is no leftover
+        with pytest.raises(TutorialError), files.only_process(tmp_path / "run"):
+            pass
+        link.unlink()
+    assert tree(tmp_path).keys() == {".run.lock", ".run.owner"}
+    with files.only_process(tmp_path / "run"), files.only_process(tmp_path / "other"):
+        assert str(os.getpid()) in (tmp_path / ".run.owner").read_text()
+    assert tree(tmp_path) == {}
+
+
+def test_whoever_waits_a_moment_comes_next(tmp_path):
+    with other_process(HOLD, tmp_path / "run") as other:
+        threading.Timer(0.3, other.kill).start()
+        with files.only_process(tmp_path / "run"):
+            assert other.wait() != 0
+    assert tree(tmp_path) == {}
+
+
+def test_an_error_or_a_stop_lets_go_of_the_lock(tmp_path):
+    for error in (ValueError, KeyboardInterrupt):
+        with pytest.raises(error), files.only_process(tmp_path / "run"):
+            raise error
+    assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("number, said", [(28, "the disk is full"), (13, "the system refuses it"), (5, None)])
+def test_an_error_of_the_disk_within_the_lock_gets_a_name(tmp_path, number, said):
+    with pytest.raises(TutorialError if said else OSError, match=said and f"run could not be.*{said}"):
+        with files.only_process(tmp_path / "run"):
+            raise OSError(number, os.strerror(number))
+    with pytest.raises(TutorialError, match="model.safetensors could not be written: the disk is full"):
+        with atomic_file(tmp_path / "model.safetensors"):  # in the words of a library
+            raise RuntimeError("I/O error: No space left on device (os error 28)")
+
+
+def test_a_full_disk_says_how_much_is_missing(tmp_path, monkeypatch):
+    (tmp_path / "state.pt").write_bytes(b"x" * 5_000_000)
+    little_space(monkeypatch, free=1_000_000)
+    with pytest.raises(TutorialError, match=r"1.0 MB are free, 2.0 MB are missing\)"):
+        with atomic_file(tmp_path / "state.pt") as file:
+            file.write(b"x" * 2_000_000)
+            file.flush()
+            full_disk()
+    assert (tmp_path / "state.pt").stat().st_size == 5_000_000
 
 
 def test_move_aside(tmp_path):

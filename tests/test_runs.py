@@ -52,7 +52,8 @@ def test_a_damaged_state_is_one_error_with_file_and_remedy(tmp_path, damage):
 @pytest.mark.parametrize("size", [0, 1000, 200_000])
 def test_a_disk_that_fills_up_within_the_state_keeps_the_last_one(tmp_path, size):
     save_state(tmp_path, STATE)
-    with pytest.raises((OSError, RuntimeError)), largest_file(size):
+    full = "resume.pt could not be written: the disk is full"
+    with pytest.raises(TutorialError, match=full), largest_file(size):
         save_state(tmp_path, {**STATE, "update": 4})
     assert tree(tmp_path).keys() == {"resume.pt"}
     assert kill_worker.same_state(load_state(tmp_path), STATE)

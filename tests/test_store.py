@@ -17,6 +17,7 @@ from sentence_transformers import SentenceTransformer
 from embedding_tutorial import files
 from embedding_tutorial import store as stored
 from embedding_tutorial.encoder import Encoder, companions, fingerprint, save_model
+from embedding_tutorial.files import TutorialError
 from embedding_tutorial.profiles import PROFILES
 from embedding_tutorial.retrieval import load_for_encoding, stored_encoder, token_identity, vector_identity
 from embedding_tutorial.store import DIGEST, StoredEncoder, TokenStore, VectorStore, cut_into_shards
@@ -155,7 +156,8 @@ def test_a_kill_while_a_shard_is_saved_leaves_no_wrong_vectors(store, tmp_path, 
 
 def test_a_disk_full_while_a_shard_is_saved_leaves_the_old_one(store):
     store.save("a", vectors())
-    with pytest.raises(OSError), largest_file(300):
+    full = "a.npy could not be written: the disk is full"
+    with pytest.raises(TutorialError, match=full), largest_file(300):
         store.save("a", np.ones((50, 8), np.float32))
     assert np.array_equal(store.load("a", 50), vectors())
     assert tree(store.folder).keys() == {"a.npy", "identity.json"}

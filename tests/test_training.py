@@ -711,8 +711,44 @@ def test_other_settings_move_the_old_run_aside(change, tiny_bert, tiny_m3, pairs
         progress=False,
     )
     assert kill_worker.contents(tmp_path / "run.previous") == old != kill_worker.contents(run)
-    name = {"recipe": "temperature", "cut": "data"}.get(change, change)
+    name = {"recipe": "temperature", "base": "the base model's weights, tokenizer or pooling"}
+    name = name.get(change, "the pairs")
     assert f"had other settings ({name}): moved to run.previous" in capsys.readouterr().out
+
+
+TOUCHED = {  # file of the base, a word in it, another one
+    "tokenizer": ("tokenizer_config.json", '"do_lower_case": true', '"do_lower_case": false'),
+    "vocabulary": ("tokenizer.json", "[UNK]", "[unk]"),
+    "pooling": (
+        "1_Pooling/config.json",
+        '"pooling_mode_mean_tokens": true',
+        '"pooling_mode_cls_token": true',
+    ),
+    "settings": ("sentence_bert_config.json", "512", "128"),
+}
+
+
+@pytest.mark.parametrize("change", [*TOUCHED, "max_length"])
+def test_an_interrupted_run_is_not_continued_with_another_tokenizer_pooling_or_length(
+    change, tiny_bert, pairs, tmp_path, capsys
+):
+    """Moved aside with the reason, and then what a run from nothing gives."""
+    base, config = shutil.copytree(tiny_bert, tmp_path / "base"), SMALL
+    training.train(base, pairs[:16], pairs[28:], config, tmp_path / "run", progress=False, stop_after=3)
+    assert load_state(tmp_path / "run")["update"] == 2
+    if change == "max_length":
+        config, reason = dataclasses.replace(config, max_length=48), "max_length"
+    else:
+        (name, old, new), reason = TOUCHED[change], "the base model's weights, tokenizer or pooling"
+        text = (base / name).read_text()
+        assert old in text
+        (base / name).write_text(text.replace(old, new))
+    capsys.readouterr()
+    training.train(base, pairs[:16], pairs[28:], config, tmp_path / "run", progress=False)
+    said = capsys.readouterr().out
+    assert f"had other settings ({reason}): moved to run.previous" in said and "Continuing" not in said
+    training.train(base, pairs[:16], pairs[28:], config, tmp_path / "fresh", progress=False)
+    assert kill_worker.differences(tmp_path / "run", tmp_path / "fresh") == []
 
 
 def test_every_epoch_is_evaluated_and_the_best_one_kept(tiny_bert, pairs, tmp_path, monkeypatch):
@@ -802,7 +838,7 @@ def test_a_disk_that_fills_up_leaves_the_last_state_and_the_run_goes_on(
             real(handle)
 
         monkeypatch.setattr(files.os, "fsync", fsync)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(TutorialError, match="the disk is full .*No space left"):
             training.train(tiny_bert, pairs[:16], pairs[28:], config, run, progress=False)
         monkeypatch.setattr(files.os, "fsync", real)
         state = load_state(run)
