@@ -303,7 +303,7 @@ def full(shop, share, draw):
 
 def closed(shop, share, draw):
     """Folders that can't be written."""
-    for stage in list(STAGES)[: -1 if share == 1 else 1]:
+    for stage in list(STAGES)[: -1 if share > 0.1 else 1]:
         with shop.copy(shop.before[stage]) as place:
             result = do([stage], place, (closed_folders,))
             for path in [place, *place.rglob("*")]:
