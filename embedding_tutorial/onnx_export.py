@@ -9,6 +9,7 @@ Pooling and normalisation are part of the graph, so that nobody has to know the 
 import contextlib
 import importlib.util
 import logging
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -20,6 +21,9 @@ from transformers import AutoModel, AutoTokenizer
 
 from .encoder import HEAD_FILES, companions, group_by_length, read_pooling, tokenize, weights_file
 from .files import TutorialError, atomic_folder, relative, require_disk
+
+# ONNX Runtime 1.29 and newer report to Microsoft unless told otherwise before they are imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 FP32, INT8 = "model.onnx", "model_int8.onnx"
 LOWEST_COSINE = {FP32: 0.9999, INT8: 0.98}  # to the original; an export below it is refused

@@ -176,7 +176,12 @@ def in_lancedb(vectors, folder):
     search = table.search
 
     def places(q, k):
-        return np.array([row["id"] for row in search(q).distance_type("dot").limit(k).to_list()])
+        return np.array(
+            [
+                row["id"]
+                for row in search(q).distance_type("dot").select(["id", "_distance"]).limit(k).to_list()
+            ]
+        )
 
     return places
 
@@ -199,13 +204,18 @@ def measure_indexes(q, p, times, k=10):
 # ---------------------------------------------------------------- the page
 
 
+def shown(number, digits):
+    """A figure of the table; None, where a machine was too busy to time anything, as a dash."""
+    return "–" if number is None else f"{number:,.{digits}f}"
+
+
 def tables(results):
     """The part of recipes/serving.md between its two markers."""
     lines = [
         START,
         f"{results['model']}; {results['queries']} held-out queries against {results['passages']} codes, "
-        f"{results['tokens']:,} tokens; threads: {results['threads']}, the best of {results['times']} passes. "
-        f"{results['machine']['summary']}.",
+        f"{results['tokens']:,} tokens; threads: {results['threads']}, best of {results['times']} passes; "
+        f"{results['machine']['summary']}",
         "",
         "| way | cosine to the first row: lowest, mean | MRR | MRR − first row, 95 % | tokens/s | MB |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -214,12 +224,12 @@ def tables(results):
         mean, low, high = row["mrr_difference"]
         gain = f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]" if row is not results["ways"][0] else "reference"
         lines.append(
-            f"| {row['name']} | {row['cosine_lowest']:.4f}, {row['cosine_mean']:.4f} | {row['mrr']:.3f} | {gain} | "
-            f"{row['tokens_per_second']:,.0f} | {row['megabytes']:.0f} |"
+            f"| {row['name']} | {row['cosine_lowest']:.4f}, {row['cosine_mean']:.4f} | {row['mrr']:.3f} | "
+            f"{gain} | {shown(row['tokens_per_second'], 0)} | {row['megabytes']:.0f} |"
         )
     lines += ["", "| index | of the true first 10 it finds | ms per query |", "| --- | --- | --- |"]
     for row in results["indexes"]:
-        lines.append(f"| {row['name']} | {row['recall']:.3f} | {row['milliseconds']:.2f} |")
+        lines.append(f"| {row['name']} | {row['recall']:.3f} | {shown(row['milliseconds'], 2)} |")
     return "\n".join([*lines, END])
 
 

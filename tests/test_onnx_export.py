@@ -1,13 +1,16 @@
 """A model folder as ONNX: the same vectors, padded or alone, in fp32 and in int8; nothing else is written."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
-import onnxruntime
 import pytest
 from helpers import tree
 
 from embedding_tutorial import onnx_export
 from embedding_tutorial.encoder import HEAD_FILES, Encoder, embed
-from embedding_tutorial.files import TutorialError
+from embedding_tutorial.files import ROOT, TutorialError
 from embedding_tutorial.onnx_export import FP32, INT8, LOWEST_COSINE, OnnxEncoder, export_onnx
 
 
@@ -33,7 +36,7 @@ def test_the_vectors_are_those_of_the_original(exported, texts):
 
 
 def test_batch_and_length_are_free_and_the_names_are_the_usual_ones(exported):
-    session = onnxruntime.InferenceSession(exported[1] / FP32)
+    session = OnnxEncoder(exported[1]).session
     assert {(i.name, *i.shape) for i in session.get_inputs()} == {
         ("input_ids", "batch", "length"),
         ("attention_mask", "batch", "length"),
@@ -93,6 +96,18 @@ def test_a_folder_that_holds_something_else_is_not_replaced(tiny_bert, tmp_path)
     (model / "model.safetensors").write_bytes(b"")
     with pytest.raises(TutorialError, match="holds the model itself"):
         export_onnx(model, tmp_path / "mine")
+
+
+def test_onnx_runtime_reports_nothing(exported, tmp_path):
+    # Where it reports it first writes the id of the device and a queue of events into the cache folder.
+    program = (
+        "import sys\nfrom embedding_tutorial.onnx_export import OnnxEncoder\nOnnxEncoder(sys.argv[1])(['x'])"
+    )
+    places = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **places}
+    environment.pop("ORT_DISABLE_TELEMETRY", None)
+    subprocess.run([sys.executable, "-c", program, str(exported[1])], env=environment, check=True)
+    assert not [path for path in tmp_path.rglob("*") if "onnxruntime" in path.name or path.name == "deviceid"]
 
 
 def test_a_missing_package_or_file_is_named_with_the_remedy(tiny_bert, tmp_path, monkeypatch):
