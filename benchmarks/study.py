@@ -54,6 +54,7 @@ class Recipe:
     config: dict = dataclasses.field(default_factory=dict)
     extra: str = ""  # further training pairs: "pocket" or "renamed"
     hard_negatives: int = 0  # of the base model's best wrong codes, per query
+    negatives_below: float = 0.0  # of the right code's score, what a hard negative may have; 0: any
     every_epoch: bool = False  # also ranks after each epoch, and of their average
     soup: bool = False  # also the mean of the weights of all seeds' runs
     library: str = ""  # its trainer and its defaults; with "our settings" the config's batch, rate and epochs
@@ -85,6 +86,7 @@ RECIPES = {
     "queue 160": plain(queue=160),
     "duplicates kept": plain(mask_duplicates=False),
     "hard negatives": Recipe(config=PLAIN, hard_negatives=2),
+    "hard negatives, margin": Recipe(config=PLAIN, hard_negatives=2, negatives_below=0.95),
     "pocket pairs": Recipe(config=PLAIN, extra="pocket"),
     "renamed codes": Recipe(config=PLAIN, extra="renamed"),
     "rewritten queries": Recipe(rewrites=BOTH[:1]),
@@ -112,12 +114,18 @@ def fold_numbers(rows, folds=FOLDS, seed=0):
     return numbers
 
 
-def with_hard_negatives(rows, base, count):
-    """The pairs with a "neg" list: the `count` wrong codes that the base model ranks highest."""
+def with_hard_negatives(rows, base, count, below=0.0):
+    """The pairs with a "neg" list: the `count` wrong codes that the base model ranks highest.
+
+    below: only codes with at most this share of the right code's score, of the first 60; 0: any.
+    """
     from recipes.data import hard_negatives  # only here: it brings faiss
 
+    options = {"window": (1, count), "margin": -2}
+    if below:
+        options = {"window": (1, 60), "margin": 0, "share": below, "hardest": True}
     with contextlib.redirect_stdout(io.StringIO()):  # its progress bars
-        mined, _ = hard_negatives(rows, enc.Encoder(base), count, window=(1, count), margin=-2)
+        mined, _ = hard_negatives(rows, enc.Encoder(base), count, **options)
     return [{**pair, "neg": row["neg"]} for pair, row in zip(rows, mined, strict=True)]
 
 
@@ -157,7 +165,9 @@ def training_pairs(recipe, rows, judged, data, base):
             for task, lists in rewrites.items()
         }
         rows = pairs.with_rewrites(rows, chosen)
-    return with_hard_negatives(rows, base, recipe.hard_negatives) if recipe.hard_negatives else rows
+    if recipe.hard_negatives:
+        return with_hard_negatives(rows, base, recipe.hard_negatives, recipe.negatives_below)
+    return rows
 
 
 def train_with_library(library, base, rows, config, folder):

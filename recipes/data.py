@@ -24,7 +24,7 @@ from embedding_tutorial import profiles  # noqa: E402
 from embedding_tutorial.encoder import Encoder, embed, fingerprint  # noqa: E402
 from embedding_tutorial.files import ROOT, TutorialError, atomic_file, relative, sha256_of  # noqa: E402
 from embedding_tutorial.finetune import split_pairs  # noqa: E402
-from embedding_tutorial.pairs import read_mbpp, read_pairs, read_rows, write_pairs  # noqa: E402
+from embedding_tutorial.pairs import field_of, read_mbpp, read_pairs, read_rows, write_pairs  # noqa: E402
 from recipes import steps  # noqa: E402
 from recipes.models import find_model  # noqa: E402
 
@@ -81,19 +81,27 @@ def exact_index(passages):
     return index
 
 
-def hard_negatives(pairs, encoder, count, window=(1, 60), margin=0.02, seed=42):
+def corpus_texts(path):
+    """The passages of a JSON-lines file: the field "text", or "pos_doc" as in a file of pairs."""
+    return [field_of(row, ("text", "pos_doc"), f"{relative(path)}, row {n}") for n, row in read_rows(path)]
+
+
+def hard_negatives(
+    pairs, encoder, count, window=(1, 60), margin=0.02, seed=42, *, share=1.0, corpus=(), hardest=False
+):
     """Rows whose negatives are drawn from the ranks `window` of each query's wrong passages.
 
-    margin: a passage that scores more than (the positive's score - margin) may well be right although
-    nobody said so, and is left out. Queries with too few left get random ones in their place.
-    Returns (rows, number of random fill-ins).
+    A passage that scores more than the positive's score - margin, or more than share of it, may well be right
+    although nobody said so, and is left out (0.95 is TopK-PercPos of NV-Retriever, arXiv 2407.15831). corpus:
+    further passages. hardest: the best of those that are left, and not a sample of them. Queries with too few
+    left get random ones in their place. Returns (rows, number of random fill-ins).
     """
     first, last = window
     if not 1 <= first <= last or last - first + 1 < count:
         raise TutorialError(f"The ranks {first} to {last} do not hold {count} negatives. Widen --window.")
     right, passages, draw = (
         positives_of(pairs),
-        list(dict.fromkeys(p["pos_doc"] for p in pairs)),
+        list(dict.fromkeys([*(p["pos_doc"] for p in pairs), *corpus])),
         random.Random(seed),
     )
     q, p = vectors(encoder, [pair["query"] for pair in pairs]), vectors(encoder, passages)
@@ -102,14 +110,15 @@ def hard_negatives(pairs, encoder, count, window=(1, 60), margin=0.02, seed=42):
     scores, found = exact_index(p).search(q, min(len(passages), last + most))
     rows, filled = [], 0
     for i, (pair, spare) in enumerate(zip(pairs, random_negatives(pairs, count, seed), strict=True)):
-        limit = float(q[i] @ p[place[pair["pos_doc"]]]) - margin
+        own = float(q[i] @ p[place[pair["pos_doc"]]])
+        limit = min(own - margin, own - (1 - share) * abs(own))
         wrong = [
             (s, passages[j])
             for s, j in zip(scores[i], found[i], strict=True)
             if passages[j] not in right[pair["query"]]
         ]
         allowed = [text for s, text in wrong[first - 1 : last] if s <= limit]
-        chosen = draw.sample(allowed, min(count, len(allowed)))
+        chosen = allowed[:count] if hardest else draw.sample(allowed, min(count, len(allowed)))
         others = [text for text in spare["neg"] if text not in chosen]
         filled += count - len(chosen)
         rows.append(
@@ -196,6 +205,9 @@ def make(
     count=10,
     window=(1, 60),
     margin=0.02,
+    share=1.0,
+    corpus=None,
+    hardest=False,
     model="minilm",
     data=None,
     temperature=0.05,
@@ -217,6 +229,9 @@ def make(
         settings["model"] = fingerprint(folder)
     if kind == "hard":
         settings |= {"window": list(window), "margin": margin}
+        added = {"share": share, "hardest": hardest, "corpus": corpus and sha256_of(corpus)}
+        settings |= {name: value for name, value in added.items() if value not in (1.0, False, None)}
+        further = corpus_texts(corpus) if corpus else []
     if kind == "teacher":
         settings["temperature"] = temperature
         rows = check_file(source, group=2)
@@ -228,7 +243,15 @@ def make(
         rows = random_negatives(pairs, count, seed)
     elif kind == "hard":
         rows, found["random_fill_ins"] = hard_negatives(
-            pairs, Encoder(folder, 256), count, window, margin, seed
+            pairs,
+            Encoder(folder, 256),
+            count,
+            window,
+            margin,
+            seed,
+            share=share,
+            corpus=further,
+            hardest=hardest,
         )
     else:
         rows = teacher_scores(rows, Encoder(folder, 256), temperature)
@@ -287,6 +310,14 @@ def main(words=None):
             sub.add_argument(
                 "--margin", type=float, default=0.02, help="leave out what scores above positive - margin"
             )
+            sub.add_argument(
+                "--share",
+                type=float,
+                default=1.0,
+                help="and what scores above this share of the positive; 0.95 is NV-Retriever's, 1 is off",
+            )
+            sub.add_argument("--corpus", type=Path, help="further passages: JSON lines with a field 'text'")
+            sub.add_argument("--hardest", action="store_true", help="the best of what is left, not a sample")
         if kind == "teacher":
             sub.add_argument(
                 "--data", type=Path, required=True, help="FlagEmbedding's JSON lines with negatives"

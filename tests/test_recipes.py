@@ -74,6 +74,34 @@ def test_hard_negatives_keep_window_and_margin(monkeypatch):
         data.hard_negatives(pairs, None, count=3, window=(2, 3))
 
 
+def test_hard_negatives_stay_below_a_share_of_the_positive(monkeypatch, tmp_path):
+    # Scores of q0: its positive 0.90; near 0.87 (0.966 of it), edge 0.85 (0.944), then far ones. The corpus
+    # holds "near" and "edge", which are nobody's answers.
+    scores = {"p0": 0.90, "near": 0.87, "edge": 0.85, "p1": 0.50, "p2": 0.10}
+    queries = {"q0": 0.0, "q1": 170.0, "q2": 190.0}
+    on_a_line(monkeypatch, queries | {t: math.degrees(math.acos(s)) for t, s in scores.items()})
+    pairs = [{"query": f"q{i}", "pos_doc": f"p{i}"} for i in range(3)]
+
+    def mined(**options):
+        found, _ = data.hard_negatives(pairs, None, 1, hardest=True, corpus=["near", "edge"], **options)
+        return found[0]["neg"]
+
+    assert mined(margin=-2) == mined(margin=0) == ["near"]
+    assert mined(margin=0, share=0.95) == mined(margin=0.04) == ["edge"]
+    assert mined(margin=0.04, share=0.9) == mined(margin=0.1, share=0.95) == ["p1"]
+    # q1 points away from everything: its positive's score is negative, and the share still lies below it.
+    found, _ = data.hard_negatives(pairs, None, 1, margin=0, share=0.95, hardest=True)
+    own, other = (math.cos(math.radians(170 - math.degrees(math.acos(s)))) for s in (0.50, 0.10))
+    assert own < 0 and (other > own) and found[1]["neg"] == ["p0"]
+
+    file = tmp_path / "corpus.jsonl"
+    file.write_text('{"text": "near"}\n{"pos_doc": "edge"}\n')
+    assert data.corpus_texts(file) == ["near", "edge"]
+    file.write_text('{"text": "near"}\n{"title": "edge"}\n')
+    with pytest.raises(TutorialError, match="corpus.jsonl, row 2: no field 'text' or 'pos_doc'"):
+        data.corpus_texts(file)
+
+
 def test_teacher_scores_are_cosines_over_temperature(monkeypatch):
     on_a_line(monkeypatch, {"q": 0, "p": 0, "n": 60})
     row = data.teacher_scores([{"query": "q", "pos": ["p"], "neg": ["n"]}], None, temperature=0.5)[0]
@@ -122,7 +150,9 @@ def test_the_data_recipe_as_a_command(tmp_path, tiny, capsys):
     # notebook 01's files are there or both absent; here they stand in a folder of their own
     write_pairs(tmp_path / "val.jsonl", make_pairs(2))
     data.main(["random", *common, "--count", "3", "--output", str(tmp_path / "random")])
+    write_pairs(tmp_path / "corpus.jsonl", make_pairs(20)[16:])
     data.main(["hard", *common, "--count", "3", "--window", "1", "12", "--margin", "0", "--model", str(tiny),
+               "--share", "0.99", "--corpus", str(tmp_path / "corpus.jsonl"),
                "--output", str(tmp_path / "hard")])  # fmt: skip
     file = tmp_path / "hard" / "train.jsonl"
     data.main(["teacher", "--data", str(file), "--model", str(tiny), "--output", str(tmp_path / "teacher")])

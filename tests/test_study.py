@@ -66,6 +66,8 @@ def test_hard_negatives_are_never_right_answers(tiny_bert, capsys):
     assert rows[0]["neg"] == rows[1]["neg"] == ["def sort"]
     assert rows[2]["neg"][0] in ("def add", "def plus") and len(rows[2]["neg"]) == 1
     assert not capsys.readouterr().out
+    below = study.with_hard_negatives(pairs, tiny_bert, 1, below=0.95)
+    assert all(len(row["neg"]) == 1 and row["pos_doc"] not in row["neg"] for row in below)
 
 
 def test_renamed_functions_do_not_give_the_code_away():
