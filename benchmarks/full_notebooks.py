@@ -2,6 +2,7 @@
 
     python benchmarks/full_notebooks.py --model DIR            # random weights: full_size.py
     python benchmarks/full_notebooks.py --model DIR --epochs 10
+    python benchmarks/full_notebooks.py --model DIR --pairs FILE    # on fewer pairs, or a reader's own
 
 In a copy of the repository, as a reader would run them: TUTORIAL_PROFILE=full, no network, the model where
 BGE_M3_PATH says, T2Retrieval as a local folder in its published format with the Chinese passages of
@@ -48,11 +49,12 @@ def copy_repository(target, mbpp, epochs):
     nbformat.write(notebook, path)
 
 
-def run(copy, model, device, log=None):
+def run(copy, model, device, log=None, pairs=None):
     """{notebook: {"minutes", "gb"}}; the peak is that of the notebook's kernel. Raises where a cell fails."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TUTORIAL_", "MTEB_"))}
     environment |= {"TUTORIAL_PROFILE": "full", "TUTORIAL_DEVICE": device, "BGE_M3_PATH": str(model)}
     environment |= {"HF_HUB_OFFLINE": "1", "HOME": str(copy.parent / "home")}
+    environment |= {"TUTORIAL_PAIRS": str(pairs)} if pairs else {}
     (copy.parent / "home").mkdir(exist_ok=True)
     found = {}
     for name in NAMES:
@@ -76,6 +78,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
     parser.add_argument("--model", type=Path, help="a folder in BGE-M3's layout")
     parser.add_argument("--data", type=Path, default=common.ROOT / "data" / "pocket_mbpp.json")
+    parser.add_argument("--pairs", type=Path, help="TUTORIAL_PAIRS of the notebooks")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=common.RESULTS / "full_notebooks.json")
@@ -88,7 +91,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "tutorial"
         copy_repository(copy, args.data, args.epochs)
-        notebooks = run(copy, args.model.resolve(), args.device)
+        notebooks = run(copy, args.model.resolve(), args.device, pairs=args.pairs and args.pairs.resolve())
         disk = folders_gb(copy / "models", copy / "c_mteb_results")
         result = {"machine": common.machine(("torch", "transformers", "mteb")), "epochs": args.epochs}
         result |= {"notebooks": notebooks, "disk_gb_at_the_end": round(disk, 2)}
