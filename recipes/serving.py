@@ -9,9 +9,11 @@ recipes/serving.json.
 """
 
 import os
+import platform
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import faiss
@@ -19,7 +21,6 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.common import machine  # noqa: E402
 from embedding_tutorial.encoder import Encoder, embed, read_pooling, weights_file  # noqa: E402
 from embedding_tutorial.files import ROOT, TutorialError, atomic_file, read_json, relative, write_json  # noqa: E402
 from embedding_tutorial.finetune import bootstrap_interval, mrr, rank_of_positive, split_pairs  # noqa: E402
@@ -41,6 +42,8 @@ PACKAGES = (
     "faiss-cpu",
     "lancedb",
 )
+# What decides how fast int8 and fp32 are multiplied, in torch's names.
+INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8", "avx512_f", "avx2", "dotprod")
 BATCH, LENGTH = 32, 512
 
 
@@ -204,6 +207,18 @@ def measure_indexes(q, p, times, k=10):
 # ---------------------------------------------------------------- the page
 
 
+def machine():
+    """{"cpu", "instructions", "cores", "system", "versions"} of this machine; no host name."""
+    can = torch.cpu.get_capabilities()
+    return {
+        "cpu": can.get("cpu_name") or platform.processor() or platform.machine(),
+        "instructions": [name for name in INSTRUCTIONS if can.get(name)],
+        "cores": os.cpu_count(),
+        "system": platform.system(),
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+
+
 def shown(number, digits):
     """A figure of the table; None, where a machine was too busy to time anything, as a dash."""
     return "–" if number is None else f"{number:,.{digits}f}"
@@ -211,11 +226,13 @@ def shown(number, digits):
 
 def tables(results):
     """The part of recipes/serving.md between its two markers."""
+    here = results["machine"]
+    sets, versions = ", ".join(here["instructions"]), ", ".join(map(" ".join, here["versions"].items()))
     lines = [
         START,
         f"{results['model']}; {results['queries']} held-out queries against {results['passages']} codes, "
-        f"{results['tokens']:,} tokens; threads: {results['threads']}, best of {results['times']} passes; "
-        f"{results['machine']['summary']}",
+        f"{results['tokens']:,} tokens; threads: {results['threads']}, best of {results['times']} passes. "
+        f"{here['cpu']} ({sets}), {here['cores']} cores, {here['system']}; {versions}.",
         "",
         "| way | cosine to the first row: lowest, mean | MRR | MRR − first row, 95 % | tokens/s | MB |",
         "| --- | --- | --- | --- | --- | --- |",
