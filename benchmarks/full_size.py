@@ -172,7 +172,7 @@ STAGES = {
     "whole": ("one update, the graph of the whole batch", one_update(backward="whole")),
     "again": ("the same, each layer computed again", one_update(backward="whole", checkpointing=True)),
     "adafactor": ("GradCache and Adafactor", one_update(memory_ladder.with_adafactor)),
-    "lora": ("GradCache and LoRA of rank 16", one_update(memory_ladder.with_lora)),
+    "lora": ("GradCache and LoRA of rank 16", one_update(lora_rank=16)),
     "mixed": ("halfway to the base, saved", mixed),
     "opened": ("opened in other libraries", opened),
     "searched": ("Pocket T2, a part, through mteb", searched),

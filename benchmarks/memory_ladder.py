@@ -16,7 +16,6 @@ from typing import NamedTuple
 from unittest.mock import patch
 
 import common
-import peft
 import torch
 import torch.nn.functional as F
 import training_cuda
@@ -33,6 +32,7 @@ from embedding_tutorial.figures import style as st
 from embedding_tutorial.files import read_json
 from embedding_tutorial.finetune import TrainConfig, batch_of, updates_per_epoch
 from embedding_tutorial.profiles import PROFILES
+from embedding_tutorial.thin import add_lora
 
 aten, BUDGET = torch.ops.aten, PROFILES["full"].token_budget
 
@@ -132,10 +132,9 @@ def with_adafactor(run):
 
 
 def with_lora(run):
-    """Freeze the model and train two thin matrices beside each linear layer (LoRA, arXiv 2106.09685)."""
-    lora = peft.LoraConfig(r=16, target_modules=["query", "key", "value", "dense"])
+    """LoRA, as `lora_rank=16` of TrainConfig, put into a run that has begun."""
     with torch.device(run.encoder.device):
-        peft.inject_adapter_in_model(lora, run.encoder.backbone)
+        add_lora(run.encoder, 16)
     run.optimizer = torch.optim.AdamW(w for w in run.encoder.parameters() if w.requires_grad)
 
 

@@ -16,7 +16,6 @@ import argparse
 import ast
 import concurrent.futures
 import contextlib
-import copy
 import dataclasses
 import io
 import json
@@ -31,7 +30,6 @@ import memory_ladder
 import numpy as np
 import torch
 import transformers
-from peft.tuners.lora import LoraLayer
 from study_report import ALPHAS, FILES, FOLDS, SEEDS, report
 
 from embedding_tutorial import encoder as enc
@@ -226,13 +224,7 @@ def leaking_epoch(run, epoch):
 
 
 def copy_of(encoder):
-    """The backbone's weights under their own names, LoRA's matrices added to those that they change."""
-    whole = copy.deepcopy(encoder)
-    for layer in list(whole.modules()):
-        if isinstance(layer, LoraLayer):
-            layer.merge()
-    state = {name.replace(".base_layer", ""): w.detach() for name, w in whole_state(whole).items()}
-    return {name: w for name, w in state.items() if ".lora_" not in name}
+    return {name: w.detach().clone() for name, w in whole_state(encoder).items()}
 
 
 def epochs_of_run(recipe, config, base, rows):
@@ -339,7 +331,8 @@ def settings_of(recipe, data):
     Seed and precision stand in the cells, so that a study can go on on another machine.
     """
     usual = dataclasses.asdict(Recipe(recipe.config))
-    unseen = ("seed", "precision", "checkpointing", "keep_checkpoints", "save_every", "save_minutes")
+    unseen = ["seed", "precision", "checkpointing", "keep_checkpoints", "save_every", "save_minutes"]
+    unseen += ["lora_rank"] if not recipe.config.get("lora_rank") else []
     own = {key: value for key, value in dataclasses.asdict(recipe).items() if value != usual[key]}
     own |= dataclasses.asdict(config_of(recipe, 0, 10**6, "fp32"))
     if recipe.rewrites:

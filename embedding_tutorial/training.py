@@ -50,6 +50,7 @@ from .finetune import (
 from .pairs import answers_of
 from .profiles import device_of_this_machine
 from .runs import keep_weights_only, load_state, prune, require_run_space, save_state
+from .thin import add_lora, merge_lora
 from .words import keep_rows, put_back
 
 STATE_FORMAT = 2  # raised when a state of an earlier version can't be continued
@@ -117,8 +118,10 @@ def start_run(base, data_of, config, device, read=None):
     data = data_of(encoder)
     if read is not None:
         keep_rows(encoder, all_rows(data), encoder.tokenize(read))
-    matrices = [w for w in encoder.parameters() if w.dim() > 1]
-    others = [w for w in encoder.parameters() if w.dim() <= 1]
+    if config.lora_rank:
+        add_lora(encoder, config.lora_rank)
+    trained = [w for w in encoder.parameters() if w.requires_grad]
+    matrices, others = [w for w in trained if w.dim() > 1], [w for w in trained if w.dim() <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=config.learning_rate,
@@ -432,5 +435,6 @@ def train_alone(base, train_pairs, val_pairs, config, folder, device, progress, 
     encoder.zero_grad(set_to_none=True)
     del run  # a finished model needs neither gradients nor moments
     give_memory_back(encoder.device)
+    merge_lora(encoder)
     put_back(encoder)
     return encoder.eval(), history

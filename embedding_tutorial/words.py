@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .thin import without_lora
+
 NAME = "embeddings.word_embeddings.weight"  # in BERT, RoBERTa and XLM-RoBERTa
 
 
@@ -53,8 +55,8 @@ def table_of(encoder, tokens):
 
 
 def whole_state(encoder):
-    """The backbone's state dict, with the whole word table."""
-    state, small = dict(encoder.backbone.state_dict()), encoder.small_table
+    """The backbone's state dict as a model that is saved: with the whole word table, and no LoRA layers."""
+    state, small = without_lora(encoder.backbone), encoder.small_table
     if small is not None:
         trained = state[NAME]
         state[NAME] = small.full.clone()
