@@ -243,11 +243,14 @@ def measure(args):
 
 
 def epoch_of(stages):
-    """An epoch of all training pairs: its tokens, times the seconds per token of the measured updates."""
+    """An epoch of all training pairs: its tokens, times the seconds per token of the quickest measured update.
+
+    The quickest: what else runs on the machine can only add to it.
+    """
     rows = [stages[name] for name in ("stopped", "resumed", "uninterrupted") if name in stages]
     updates, epoch = sum((row.get("updates", []) for row in rows), []), stages["build"]["epoch"]
-    seconds, tokens = (sum(update[key] for update in updates) for key in ("seconds", "tokens"))
-    return epoch | ({"seconds": seconds / tokens * epoch["tokens"], "kind": "scaled"} if tokens else {})
+    speeds = [update["seconds"] / update["tokens"] for update in updates]
+    return epoch | ({"seconds": min(speeds) * epoch["tokens"], "kind": "scaled"} if speeds else {})
 
 
 def readme_text(result, title):
