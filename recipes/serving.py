@@ -265,7 +265,7 @@ def benchmark(model, label, pairs, times=3):
         "tokens": tokens,
         "threads": torch.get_num_threads(),
         "times": times,
-        "machine": machine(PACKAGES),
+        "machine": machine(),
         "ways": ways,
         "indexes": measure_indexes(vectors[: len(queries)], vectors[len(queries) :], times),
     }
