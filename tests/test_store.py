@@ -146,7 +146,8 @@ def test_a_kill_while_a_shard_is_saved_leaves_no_wrong_vectors(store, tmp_path, 
         "die()"
     )
     die(code, tmp_path / "vectors")
-    assert len([name for name in tree(store.folder) if name.endswith(".tmp")]) == 2  # the next writer of a file has removed the leftover of the one before
+    left = [name for name in tree(store.folder) if name.endswith(".tmp")]
+    assert len(left) == 2  # the next writer of a file removes what the one before it left
     again = VectorStore(tmp_path / "vectors", {"model": "a", "max_length": 512})
     assert not [name for name in tree(again.folder) if name.endswith(".tmp")]
     assert again.load("b", 50) is None
