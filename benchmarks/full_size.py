@@ -243,7 +243,7 @@ def measure(args):
 
 
 def epoch_of(stages):
-    """An epoch of all training pairs: its tokens, times the seconds per token of the quickest measured update.
+    """An epoch of all training pairs: its tokens, times the seconds per token of the quickest update.
 
     The quickest: what else runs on the machine can only add to it.
     """
