@@ -166,7 +166,7 @@ class TrainConfig:
     micro_batch: int | None = None   # pairs that share their negatives; None: the whole batch
     backward: str = "whole"          # or "gradcache"
     checkpointing: bool = False      # recompute each layer: less memory, more time
-    lora_rank: int = 0               # train matrices of this rank beside the weights; 0: the weights
+    lora_rank: int = 0               # LoRA: train matrices of this rank instead; 0: off
     queue: int = 0                   # older passages kept as further negatives
     temperature: float = 0.05
     symmetric: bool = False          # also ask which query belongs to a passage
