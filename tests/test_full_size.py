@@ -73,7 +73,7 @@ def test_the_full_profile_is_trained_and_going_on_after_a_kill_changes_nothing(r
 def test_an_epoch_is_scaled_by_tokens(result):
     stages, epoch = result["stages"], result["epoch"]
     updates = [u for name in ("stopped", "resumed", "uninterrupted") for u in stages[name]["updates"]]
-    rate = sum(u["seconds"] for u in updates) / sum(u["tokens"] for u in updates)
+    rate = min(u["seconds"] / u["tokens"] for u in updates)  # the quickest: other work only adds
     assert epoch["kind"] == "scaled" and epoch["pairs"] == 341
     assert epoch["seconds"] == pytest.approx(rate * epoch["tokens"])
 
