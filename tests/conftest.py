@@ -28,6 +28,7 @@ for name in ("TUTORIAL_PROFILE", "TUTORIAL_DEVICE", "TUTORIAL_PRECISION"):
 sys.path.insert(0, str(ROOT))
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
 from kill_worker import tiny_bert_model, tiny_m3_model  # noqa: E402
 
 from embedding_tutorial import assets, files, pocket_task  # noqa: E402
@@ -35,6 +36,15 @@ from embedding_tutorial.pairs import read_mbpp  # noqa: E402
 
 LOCAL = ("127.0.0.1", "localhost", "::1", b"localhost")
 CLOSED = "http://127.0.0.1:9"  # the discard port: refuses at once
+
+
+@pytest.fixture(autouse=True)
+def same_threads(monkeypatch):
+    """A test that computes on one thread leaves the others theirs: their number decides the rounding."""
+    threads, name = torch.get_num_threads(), "OMP_NUM_THREADS"
+    monkeypatch.setenv(name, os.environ.get(name, str(threads)))  # put back after the test
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
