@@ -83,7 +83,7 @@ def test_budget_of_cells_and_lines(name):
     assert len(cells) <= most_cells
     assert sum(bool(line.strip()) for cell in cells for line in cell.source.splitlines()) <= most_lines
     for cell in cells:
-        lines = cell.source.strip().removeprefix("#| export\n").splitlines()  # nbdev's mark, no code
+        lines = cell.source.strip().splitlines()
         assert len(lines) <= 25 and max(map(len, lines)) <= 100, cell.source[:80]
     assert (ROOT / name).stat().st_size < 5_000_000
 
