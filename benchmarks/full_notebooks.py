@@ -25,8 +25,8 @@ import common
 import nbformat
 
 from embedding_tutorial.files import folders_gb, write_json
+from embedding_tutorial.run_notebooks import NAMES
 
-NAMES = ("01-train_embedding_with_validation.ipynb", "02-C-MTEB_retrieval_evaluation.ipynb")
 SETTINGS = "TrainConfig(**profile.config(device))"
 
 

@@ -339,6 +339,14 @@ def companions(folder):
     return names
 
 
+def copy_companions(folder, target, without=()):
+    """Copy what makes a model together with its weights, but for the names in `without`."""
+    for name in companions(folder):
+        if name not in without:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, target / name)
+
+
 def fingerprint(folder):
     """16 hex digits that change whenever anything that shapes the model's vectors changes.
 
@@ -354,9 +362,7 @@ def save_model(encoder, folder):
     """Write a folder that SentenceTransformer, AutoModel and FlagEmbedding open: weights in float32,
     and from the base tokenizer, configuration, pooling, and the sparse and ColBERT heads if it has them."""
     with atomic_folder(folder) as target:
-        for name in companions(encoder.folder):
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(encoder.folder / name, target / name)
+        copy_companions(encoder.folder, target)
         weights = {
             name: w.detach().float().cpu().contiguous() for name, w in words.whole_state(encoder).items()
         }

@@ -10,7 +10,6 @@ import contextlib
 import importlib.util
 import logging
 import os
-import shutil
 import warnings
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModel, AutoTokenizer
 
-from .encoder import HEAD_FILES, companions, group_by_length, read_pooling, tokenize, weights_file
+from .encoder import HEAD_FILES, copy_companions, group_by_length, read_pooling, tokenize, weights_file
 from .files import TutorialError, atomic_folder, relative, require_disk
 
 # ONNX Runtime 1.29 and newer report to Microsoft unless told otherwise before they are imported.
@@ -114,10 +113,7 @@ def export_onnx(folder, out, int8=False):
     model = Embedding(folder).eval()
     expected = vectors_one_by_one(model, AutoTokenizer.from_pretrained(folder))
     with atomic_folder(out) as target:
-        for name in companions(folder):
-            if name not in HEAD_FILES:  # their vectors are not exported
-                (target / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(folder / name, target / name)
+        copy_companions(folder, target, without=HEAD_FILES)  # their vectors are not exported
         with quiet():
             write_graph(model, target / FP32, external_data=size > ONE_FILE)
             del model
