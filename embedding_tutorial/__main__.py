@@ -69,17 +69,53 @@ def check(file, model, query, passage):
     "--runs", default=1, show_default=True, type=click.IntRange(1), help="The mean of so many runs."
 )
 @click.option("--epochs", type=click.IntRange(1), help="Default: the recipe's 10.")
+@click.option("--more", metavar="FILE", help="Further pairs, for training alone (see `answers`).")
+@click.option("--curve", is_flag=True, help="Train on 20, 40, 80, … pairs instead: what would more give?")
 @corpus
 @device
 @columns
-def train(file, out, model, runs, epochs, corpus, device, query, passage):
+def train(file, out, model, runs, epochs, curve, device, **options):
     """Train on FILE with the tutorial's recipe; killed, it goes on from the last epoch."""
-    from . import own_data
+    from . import own_data, reports
 
-    settings = {"epochs": epochs} if epochs else {}
-    device = device_named(device)
-    results = own_data.train(file, out, model, runs, corpus, query, passage, device, **settings)
-    click.echo(f"\n{own_data.table_of(results)}\n\nThe model and its card: {out}")
+    options |= {"epochs": epochs} if epochs else {}
+    options["device"] = device_named(device)
+    if curve:
+        for size, score in own_data.curve(file, out, model, **options).items():
+            click.echo(f"{size:>8}  MRR {reports.interval(score)}")
+        click.echo(f"Figure: {out}-curve.png")
+    else:
+        results = own_data.train(file, out, model, runs, **options)
+        click.echo(f"\n{own_data.table_of(results)}\n\nThe model and its card: {out}")
+
+
+@main.command()
+@click.argument("file")
+@click.option("--out", required=True, metavar="FILE", help="Where the requests go, as JSON lines.")
+@click.option("--count", default=200, show_default=True, type=click.IntRange(1), help="Pairs to ask for.")
+@columns
+def ask(file, out, count, query, passage):
+    """Write requests to a language model for more pairs like those of FILE. Nothing is sent."""
+    from . import more_pairs
+
+    number = more_pairs.write_requests(file, out, count, query=query, passage=passage)
+    click.echo(f"{number:,} requests for {count:,} pairs: {out}")
+
+
+@main.command()
+@click.argument("file")
+@click.argument("answers")
+@click.option("--out", required=True, metavar="FILE", help="Where the pairs that are kept go.")
+@click.option("--model", default="pocket", show_default=True, metavar="DIR|pocket|bge-m3")
+@click.option("--run-code", is_flag=True, help="Run the assertions of the answers: a language model's code.")
+@columns
+def answers(file, answers, out, model, run_code, query, passage):
+    """Keep what can be trained on of the ANSWERS (JSON lines) to the requests of `ask` for FILE."""
+    from . import more_pairs
+
+    found = more_pairs.keep_answers(file, answers, out, model, run_code, query, passage)
+    for what, number in found.items():
+        click.echo(f"{number:>6,}  {what}")
 
 
 @main.command()

@@ -6,8 +6,11 @@ own_data.train("my_pairs.csv", "models/mine")
 """
 
 import dataclasses
+import json
 import os
+import random
 import sys
+import tempfile
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -16,15 +19,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from . import profiles, reports, training
+from . import figures, profiles, reports, training
 from .encoder import Encoder, embed, save_model
-from .files import TutorialError, atomic_file, relative, require_disk, write_json
+from .files import TutorialError, atomic_file, read_json, relative, require_disk, write_json
 from .finetune import TrainConfig, bootstrap_interval, evaluate, mix, sign_flip_test, split_pairs
 from .pairs import one_per_query, own_pairs, passages_of, read_corpus, read_pairs, write_pairs
 
 HELD_OUT = 1_000  # queries, at most: enough to see a gain of 0.02 MRR
 WHOLE_GRAPH = 20_000  # tokens of a batch whose graph is kept whole: about 2 GB for MiniLM
 SAMPLE = 2_000  # pairs that `check` compares with each other
+SMALLEST_CURVE, SEEDS = 20, (42, 43, 44)  # of a learning curve: its fewest pairs, doubled; its runs
 ALPHA = 0.5  # of the way from base to fine-tuned: notebook 01, section 8
 LICENCES = {"sentence-transformers/all-MiniLM-L6-v2": "apache-2.0", "BAAI/bge-m3": "mit"}
 
@@ -201,38 +205,126 @@ def compare(before, after):
     return results
 
 
-def train(path, out, model="pocket", runs=1, corpus=None, query=None, passage=None, device=None, **settings):
+@dataclasses.dataclass
+class Task:
+    """What a training on a reader's file needs: `task_of` makes it."""
+
+    folder: Path  # of the base model
+    name: str
+    base: Encoder
+    train_pairs: list
+    held_out: list
+    candidates: list
+    config: TrainConfig
+    device: str
+
+    def run(self, config, pairs, folder, progress=True):
+        """One training; returns its last epoch's model."""
+        return training.train(self.folder, pairs, self.held_out, config, folder, self.device, progress)[0]
+
+    def judged(self, encoder, progress=True):
+        return evaluate(encoder.to(self.device), self.held_out, self.candidates, progress=progress)
+
+    def merge_into_base(self, tuned):
+        """The base becomes the merged model: ALPHA of the way to the fine-tuned one."""
+        states = [self.base.cpu().state_dict(), tuned.cpu().state_dict()]
+        self.base.load_state_dict(mix(states, [1 - ALPHA, ALPHA]))
+        return self.base
+
+
+def task_of(path, model="pocket", corpus=None, query=None, passage=None, device=None, more=None, **settings):
+    """The Task of a file. more: a file of further training pairs; those with a held-out text stay out."""
+    everything, (folder, profile, name) = own_pairs(path, query, passage), base_model(model)
+    device = device or profiles.device_of_this_machine()
+    train_pairs, held_out = split_pairs(everything, train_share=train_share(everything))
+    secret = set(texts_of_pairs(held_out))
+    further = [p for p in (read_pairs(more) if more else []) if not secret & {p["query"], p["pos_doc"]}]
+    held_out, candidates = one_per_query(held_out), passages_of(everything + read_corpus(corpus))
+    base, config = Encoder(folder).eval(), TrainConfig(**{**profile.config(device), **settings})
+    return Task(folder, name, base, train_pairs + further, held_out, candidates, config, device)
+
+
+def train(path, out, model="pocket", runs=1, **options):
     """Train on a file of pairs with the notebook's recipe; leaves the merged model and its card in `out`.
 
     The run itself, its split and results.json stay in `out`-run; called again it goes on from there.
-    runs: the mean of so many runs. settings: of TrainConfig. Returns what `compare` does.
+    runs: the mean of so many runs. options: of `task_of`. Returns what `compare` does.
     """
     require_own_folder(out)
-    everything, (folder, profile, name) = own_pairs(path, query, passage), base_model(model)
-    out, run = Path(out), Path(out).with_name(Path(out).name + "-run")
-    device, base = device or profiles.device_of_this_machine(), Encoder(folder).eval()
-    require_disk(out.parent, sum(w.numel() for w in base.parameters()) * 4e-9, "the merged model")
-    train_pairs, held_out = split_pairs(everything, train_share=train_share(everything))
-    held_out, candidates = one_per_query(held_out), passages_of(everything + read_corpus(corpus))
-    config = fitted(TrainConfig(**{**profile.config(device), **settings}), base, train_pairs)
-    print(f"{len(train_pairs):,} pairs to train on, {len(held_out):,} queries held out, {device}")
+    task, out = task_of(path, model, **options), Path(out)
+    run, size = out.with_name(out.name + "-run"), sum(w.numel() for w in task.base.parameters())
+    require_disk(out.parent, size * 4e-9, "the merged model")
+    config = fitted(task.config, task.base, task.train_pairs)
+    counts = f"{len(task.train_pairs):,} pairs to train on, {len(task.held_out):,} queries held out"
+    print(f"{counts}, {task.device}")
     if runs > 1:
-        tuned = reports.averaged_model(folder, train_pairs, held_out, config, run, device, runs)
+        given = task.folder, task.train_pairs, task.held_out, config, run, task.device, runs
+        tuned = reports.averaged_model(*given)
     else:
-        tuned = training.train(folder, train_pairs, held_out, config, run, device)[0]
-    before = evaluate(base.to(device), held_out, candidates, progress=True)
-    states = [base.cpu().state_dict(), tuned.cpu().state_dict()]
-    base.load_state_dict(mix(states, [1 - ALPHA, ALPHA]))
-    after = evaluate(base.to(device), held_out, candidates, progress=True)
+        tuned = task.run(config, task.train_pairs, run)
+    before = task.judged(task.base)
+    after = task.judged(task.merge_into_base(tuned))
     results = compare(before, after)
-    save_model(base, out)
-    for side, part in (("train", train_pairs), ("val", held_out)):
+    save_model(task.base, out)
+    for side, part in (("train", task.train_pairs), ("val", task.held_out)):
         write_pairs(run / f"{side}.jsonl", part)
-    sizes = {"training pairs": len(train_pairs), "held-out queries": len(held_out)}
-    sizes |= {"passages searched": len(candidates), "runs": runs, "alpha": ALPHA}
+    sizes = {"training pairs": len(task.train_pairs), "held-out queries": len(task.held_out)}
+    sizes |= {"passages searched": len(task.candidates), "runs": runs, "alpha": ALPHA}
     write_json(run / "results.json", {**sizes, "results": results})
-    write_card(out, name, sizes, config, results)
+    write_card(out, task.name, sizes, config, results)
     return results
+
+
+def curve(path, out, model="pocket", seeds=SEEDS, **options):
+    """How much more data would give: merged models trained on 20, 40, 80, … and all of the training pairs.
+
+    Each size once for each seed, which draws other pairs. Every model's ranks go to `out`-curve.json as it
+    is done, so a stopped curve goes on; the figure is `out`-curve.png.
+    Returns {"base" or size: (MRR, low, high)}.
+    """
+    task, out = task_of(path, model, **options), Path(out)
+    file, total = out.with_name(out.name + "-curve.json"), len(task.train_pairs)
+    sizes = [*(size for size in (SMALLEST_CURVE << n for n in range(20)) if size < total), total]
+    identity = training.run_identity(task.folder, task.train_pairs, task.held_out, task.config)
+    identity = json.loads(json.dumps(identity)) | {"passages": len(task.candidates)}
+    known = read_json(file) if file.is_file() else {}
+    cells = known.get("ranks", {}) if known.get("identity") == identity else {}
+    wanted = [(0, "base"), *((size, seed) for seed in seeds for size in sizes)]
+    todo = [cell for cell in wanted if "{}-{}".format(*cell) not in cells]
+    if done := len(wanted) - len(todo):
+        print(f"{done} of the curve's {len(wanted)} models are judged in {relative(file)} already.")
+    start = {name: w.clone() for name, w in task.base.cpu().state_dict().items()}
+    for size, seed in tqdm(todo, desc="learning curve", unit="model", file=sys.stdout):
+        task.base.load_state_dict(start)
+        if size:
+            drawn = random.Random(seed).sample(task.train_pairs, total)[:size]
+            with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+                config = fitted(dataclasses.replace(task.config, seed=seed), task.base, drawn)
+                task.merge_into_base(task.run(config, drawn, Path(folder) / "run", progress=False))
+        cells[f"{size}-{seed}"] = task.judged(task.base, progress=False)["ranks"].tolist()
+        write_json(file, {"identity": identity, "ranks": cells})
+    found = {"base": bootstrap_interval(1 / np.array(cells["0-base"]))}
+    for size in sizes:
+        ranks = np.array([cells[f"{size}-{seed}"] for seed in seeds])
+        found[size] = bootstrap_interval((1 / ranks).mean(0))
+    draw_curve(found, out.with_name(out.name + "-curve.png"), len(task.held_out), Path(path).name)
+    return found
+
+
+def draw_curve(found, path, queries, source):
+    """The figure of `curve`: its title says what the last doubling gave."""
+    (before, last), base = list(found.items())[-2:], found["base"][0]
+    doublings = np.log2(last[0] / before[0]) if before[0] != "base" else 1
+    gain = (last[1][0] - before[1][0]) / doublings
+    figures.curve(
+        {"merged": [(size, score) for size, score in found.items() if size != "base"]},
+        f"The last doubling of the pairs gave {gain:+.3f} MRR",
+        path,
+        xlabel="training pairs",
+        ylabel=f"MRR on {queries} held-out queries",
+        reference=(f"base: {base:.3f}", base),
+        source=source,
+    )
 
 
 def table_of(results):

@@ -15,7 +15,14 @@ from embedding_tutorial import finetune, own_data, reports, training
 from embedding_tutorial.__main__ import main
 from embedding_tutorial.encoder import Encoder
 from embedding_tutorial.files import TutorialError
-from embedding_tutorial.pairs import cut_between_groups, one_per_query, own_pairs, read_corpus, read_pairs
+from embedding_tutorial.pairs import (
+    cut_between_groups,
+    one_per_query,
+    own_pairs,
+    read_corpus,
+    read_pairs,
+    write_pairs,
+)
 from embedding_tutorial.profiles import PROFILES, rewrites_path
 
 # ---------------------------------------------------------------- formats and names
@@ -223,6 +230,33 @@ def test_from_a_file_to_a_search(call, faq, tiny_bert, tmp_path):
     assert "one more passage" in asked and "query (empty: end)" in asked
 
 
+def test_further_pairs_are_trained_on_and_never_judged(faq, tiny_bert, tmp_path):
+    held_out = one_per_query(finetune.split_pairs(own_pairs(faq))[1])
+    more = [as_pair("a new query", "a new passage"), as_pair(held_out[0]["query"], "leaks")]
+    write_pairs(tmp_path / "more.jsonl", more)
+    task = own_data.task_of(faq, tiny_bert, more=tmp_path / "more.jsonl")
+    assert len(task.train_pairs) == 25 and task.train_pairs[-1]["query"] == "a new query"
+    assert task.held_out == held_out and len(task.candidates) == 30
+
+
+def test_a_curve_goes_on_where_it_stopped(call, faq, tiny_bert, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(own_data, "SMALLEST_CURVE", 6)
+    arguments = ["train", faq, "--model", tiny_bert, "--out", tmp_path / "m", "--epochs", 1, "--curve"]
+    call(*arguments, "--device", "cpu")
+    file = tmp_path / "m-curve.json"
+    known = json.loads(file.read_text())
+    assert set(known["ranks"]) == {"0-base"} | {f"{n}-{seed}" for n in (6, 12, 24) for seed in (42, 43, 44)}
+    assert known["ranks"]["6-42"] != known["ranks"]["6-43"], "each seed draws other pairs"
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["m-curve.json", "m-curve.png"]
+    del known["ranks"]["12-43"]
+    known["ranks"]["0-base"] = [1] * len(known["ranks"]["0-base"])  # taken as it stands there
+    file.write_text(json.dumps(known))
+    said = call(*arguments, "--device", "cpu")
+    assert "9 of the curve's 10 models are judged" in said and "base  MRR 1.000" in said
+    assert json.loads(file.read_text())["ranks"].keys() == known["ranks"].keys() | {"12-43"}
+    assert "judged in" not in call(*arguments[:-2], 2, "--curve", "--device", "cpu"), "other settings"
+
+
 def test_what_goes_wrong_is_one_line_on_stderr(faq, tmp_path, tiny_bert):
     (tmp_path / "papers").mkdir()
     (tmp_path / "papers" / "thesis.txt").write_text("mine")
@@ -256,5 +290,5 @@ def test_export_and_run_hand_on_what_they_are_told(call, monkeypatch, tmp_path):
 
 
 def test_help_names_every_command(call):
-    for command in ("check", "train", "evaluate", "search", "export", "run"):
+    for command in ("check", "train", "ask", "answers", "evaluate", "search", "export", "run"):
         assert command in call("--help") and "Usage" in call(command, "--help")

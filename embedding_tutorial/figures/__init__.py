@@ -7,7 +7,7 @@ the caller, as the title; `source` names the run in small print.
 
 # ruff: noqa: F401 (the names are here for the callers)
 from .idea import building_blocks, in_batch_diagram, temperature_bars
-from .results import before_after, intervals, projection, similarity_heatmaps
+from .results import before_after, curve, intervals, projection, similarity_heatmaps
 from .retrieval import metric_bars, metric_differences, mixture, worked_ndcg
 from .style import MODELS
 from .training import learning_rate, loss_curves, padding, time_and_memory, training_curves

@@ -34,6 +34,27 @@ def intervals(rows, title, path, xlabel, reference, reference_label, source=None
 
 
 @st.styled
+def curve(lines, title, path, xlabel, ylabel, reference, source=None) -> Figure:
+    """Scores with 95 % intervals along a doubling axis: how they grow with data or minutes.
+    lines: {label: [(x, (value, lo, hi))]}. reference: (label, value) of a dashed line across."""
+    fig, [[ax]] = st.figure(8.5, 4.4)
+    for i, ((label, points), look) in enumerate(zip(lines.items(), st.looks(lines), strict=True)):
+        apart = 1.02 ** (i - (len(lines) - 1) / 2)  # bars of equal x would hide each other
+        x, scores = [x * apart for x, _ in points], [score for _, score in points]
+        for at, score in zip(x, scores, strict=True):
+            st.error_bar(ax, at, score, look["color"], 1.2, zorder=3, **st.point_style(look))
+        joined = {"linestyle": "-", "label": label, "zorder": 2}
+        ax.plot(x, [value for value, _, _ in scores], **st.point_style(look) | joined)
+    ax.axhline(reference[1], color=st.RUST, ls="--", lw=1.4, zorder=1, label=reference[0])
+    ticks = sorted({x for points in lines.values() for x, _ in points})
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ticks, [f"{tick:,g}" for tick in ticks])
+    ax.set(xlabel=xlabel, ylabel=f"{ylabel}, 95 % interval")
+    st.legend_above(ax, 4)
+    return st.finish(fig, title, path, source)
+
+
+@st.styled
 def before_after(results, title, path=None, source=None) -> Figure:
     """Scores of base and merged with 95 % intervals, and their paired difference against 0.
     results: {metric: {"base": (value, lo, hi), "merged": (value, lo, hi), "difference": (value, lo,
