@@ -7,6 +7,7 @@ pad token is computed. Only attention has to know where a text begins and ends.
 import contextlib
 import ctypes
 import functools
+import gc
 import hashlib
 import itertools
 import shutil
@@ -370,25 +371,38 @@ def save_model(encoder, folder):
 
 
 def vectors_elsewhere(folder, texts):
-    """The dense vectors that other libraries compute from a saved model folder: {library: (n, dims)}."""
+    """The dense vectors that other libraries compute from a saved model folder: {library: (n, dims)}.
+
+    One library at a time, and its model goes before the next one comes: BGE-M3 takes 2.3 GB in each.
+    """
     from FlagEmbedding import BGEM3FlagModel, FlagModel
     from sentence_transformers import SentenceTransformer
 
     folder, pooling = str(folder), read_pooling(folder)
-    tokens = AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
-    with torch.no_grad():
-        hidden = AutoModel.from_pretrained(folder).eval()(**tokens).last_hidden_state
-    mask = tokens["attention_mask"][..., None]
-    pooled = hidden[:, 0] if pooling == "cls" else (hidden * mask).sum(1) / mask.sum(1)
-    found = {
-        "AutoModel": F.normalize(pooled, dim=-1).numpy(),
-        "SentenceTransformer": SentenceTransformer(folder, device="cpu").encode(
-            texts, normalize_embeddings=True, show_progress_bar=False
-        ),
-        "FlagModel": FlagModel(folder, pooling_method=pooling, use_fp16=False, devices="cpu").encode(texts),
+    usual = {"use_fp16": False, "devices": "cpu"}
+
+    def auto_model():
+        tokens = AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            hidden = AutoModel.from_pretrained(folder).eval()(**tokens).last_hidden_state
+        mask = tokens["attention_mask"][..., None]
+        pooled = hidden[:, 0] if pooling == "cls" else (hidden * mask).sum(1) / mask.sum(1)
+        return F.normalize(pooled, dim=-1).numpy()
+
+    def sentence_transformer():
+        model = SentenceTransformer(folder, device="cpu")
+        return model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
+
+    ways = {
+        "AutoModel": auto_model,
+        "SentenceTransformer": sentence_transformer,
+        "FlagModel": lambda: FlagModel(folder, pooling_method=pooling, **usual).encode(texts),
     }
     if (Path(folder) / "colbert_linear.pt").exists():
-        found["BGEM3FlagModel"] = BGEM3FlagModel(folder, use_fp16=False, devices="cpu").encode(texts)[
-            "dense_vecs"
-        ]
+        ways["BGEM3FlagModel"] = lambda: BGEM3FlagModel(folder, **usual).encode(texts)["dense_vecs"]
+    found = {}
+    for library, vectors in ways.items():
+        found[library] = vectors()
+        gc.collect()  # their models refer to themselves
+        give_memory_back(torch.device("cpu"))
     return found
