@@ -16,7 +16,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from embedding_tutorial import assets, own_data, pairs, pocket_task, profiles, run_notebooks
+from embedding_tutorial import assets, finetune, own_data, pairs, pocket_task, profiles, run_notebooks
 from embedding_tutorial.__main__ import main
 from embedding_tutorial.files import ROOT, read_json
 
@@ -350,7 +350,12 @@ def test_the_two_readmes_say_the_same():
         for mark in (r"^\|", r"^- ", r"\]\("):
             found = [len(re.findall(mark, text, re.M)) for text in (ours, theirs)]
             assert found[0] == found[1], (theirs.splitlines()[0], mark)
-    assert "](README.zh-CN.md)" in read(ENGLISH) and "](README.md)" in read(CHINESE)
+    problems = f"{assets.GITHUB_RAW}{assets.MBPP_GITHUB_PATH}"
+    assert (
+        problems in targets(ENGLISH)
+        and "](README.zh-CN.md)" in read(ENGLISH)
+        and "](README.md)" in read(CHINESE)
+    )
 
 
 def test_the_chinese_glossary_has_every_term_of_notebook_01():
@@ -401,6 +406,35 @@ def test_the_readmes_table_is_the_studys():
         assert all(cells in read(page) for page in (ENGLISH, CHINESE, BENCHMARKS)), place
     rows = study_rows()
     assert rows["default", "halfway"]["mrr - base"][1] > 0  # "ahead of the base"
+
+
+def reciprocal_ranks(recipe, readout):
+    """Of the study: seeds × queries."""
+    cells, seeds = found("study.json")["recipes"][recipe]["cells"], {}
+    for name, cell in cells.items():
+        ranks = dict(
+            zip(map(int, cell["queries"].split()), map(int, cell["ranks"][readout].split()), strict=True)
+        )
+        seeds.setdefault(name.split("-")[0], {}).update(ranks)
+    return 1 / pd.DataFrame(seeds).T.sort_index(axis=1)
+
+
+def test_what_the_first_page_says_of_the_recipes():
+    """tests/test_study.py holds the other figures of the study."""
+    page = read(BENCHMARKS)
+    gap = reciprocal_ranks("default", "halfway") - reciprocal_ranks("original", "halfway")
+    shown = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*finetune.bootstrap_interval(gap.mean()))
+    assert gap.shape == (3, 427) and f"halfway back as well: {shown} MRR" in page
+    printed = tables = ""
+    for output in (o for cell in read_json(NOTEBOOKS[0])["cells"] for o in cell.get("outputs", ())):
+        printed += "".join(output.get("text", ""))
+        tables += re.sub(
+            r"(?s)<style.*?</style>|<[^>]+>|\s+", " ", "".join(output.get("data", {}).get("text/html", ""))
+        )
+    before, after, gain = re.search(r"MRR (\S+) → (\S+), difference (\S+ \[\S+ \S+\]);", page).groups()
+    assert f"     MRR: {gain}, p" in printed
+    for name, score in (("base", before), ("merged", after)):
+        assert re.search(rf" {name} +\S+ +{score} ", tables), name
 
 
 def test_bge_m3s_needs_are_the_measured_and_counted_ones():
