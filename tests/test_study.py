@@ -247,8 +247,8 @@ def test_each_data_file_has_figures_and_a_section_of_its_own(tmp_path):
 
 
 def test_the_readme_quotes_the_study():
-    """Each figure that the README takes from study.json and study_pocket.json, as it stands there today."""
-    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").replace("**", "").split())
+    """Each figure that benchmarks/README.md takes from study.json and study_pocket.json on its first page."""
+    text = " ".join((ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8").replace("**", "").split())
     found, pocket = (
         {(row["recipe"], row["readout"]): row for row in read_json(file)["summary"]["rows"]}
         for file in (ROOT / "benchmarks" / "results" / name for name in sr.FILES)
