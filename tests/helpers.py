@@ -1,7 +1,6 @@
 """What several test files use: small vectors and pairs, gradients, folders as dicts, full disks and kills."""
 
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -56,6 +55,8 @@ def tree(folder):
 @contextmanager
 def largest_file(size):
     """The kernel refuses to let a file grow beyond `size` bytes, as it does on a full disk."""
+    import resource  # not on Windows
+
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
