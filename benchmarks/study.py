@@ -30,7 +30,7 @@ import memory_ladder
 import numpy as np
 import torch
 import transformers
-from study_report import ALPHAS, FILES, FOLDS, SEEDS, report
+from study_report import ALPHAS, FILES, FOLDS, SEEDS, SIZES, SYNTHETIC, report
 
 from embedding_tutorial import encoder as enc
 from embedding_tutorial import evaluation, pairs, pocket_task, training
@@ -41,6 +41,7 @@ from embedding_tutorial.profiles import PROFILES, rewrites_path, training_precis
 from embedding_tutorial.words import whole_state
 
 BOTH = ("other_queries", "other_pos_docs")
+SYNTHETIC_PAIRS = common.ROOT / "data" / "synthetic_pairs.json"
 # What the questions are asked of: cheap enough to train often, and each row changes one thing of it.
 PLAIN = {"learning_rate": 5e-5, "temperature": 0.05, "epochs": 5, "batch_size": 80, "dropout": 0.0}
 
@@ -59,6 +60,8 @@ class Recipe:
     leaking: bool = False  # the original loop's faulty accumulation
     change: str = ""  # a function of memory_ladder.py: another optimizer, or LoRA
     rewrites: tuple = ()  # of BOTH: what of the rewrites training sees
+    pairs: int = 0  # so many of the training pairs, drawn by the seed; 0: all
+    synthetic: int = 0  # so many pairs of data/synthetic_pairs.json more
 
 
 def plain(**changes):
@@ -89,6 +92,11 @@ RECIPES = {
     "renamed codes": Recipe(config=PLAIN, extra="renamed"),
     "rewritten queries": Recipe(rewrites=BOTH[:1]),
     "rewritten codes": Recipe(rewrites=BOTH[1:]),
+    **{f"{count} epochs, rate 2e-4": Recipe(config={"epochs": count}) for count in (2, 3)},
+    **{f"{count} pairs": Recipe(pairs=count) for count in SIZES},
+    **{f"{count} pairs, rewrites": Recipe(pairs=count, rewrites=BOTH) for count in SIZES},
+    # As many updates as without them: what more pairs give, and not what more training gives.
+    **{f"{n} synthetic": Recipe(config={"epochs": e}, synthetic=n) for n, e in SYNTHETIC.items()},
     "faulty schedule": Recipe(config=common.ORIGINAL, leaking=True),
     # Their rates are their own: Adafactor's counts in a matrix's own size, and LoRA starts from zero.
     "Adafactor": Recipe(config={"learning_rate": 4e-3}, change="with_adafactor"),
@@ -150,9 +158,16 @@ def rewrites_of(data):
     raise TutorialError(f"No rewrites of {relative(data)} in data/. Leave out what needs them (--only).")
 
 
-def training_pairs(recipe, rows, judged, data, base):
-    """What a cell trains on: rows, and what the recipe adds, but for texts of the `judged` pairs."""
+def training_pairs(recipe, rows, judged, data, base, seed=SEEDS[0]):
+    """What a cell trains on: rows or a part of them, and what the recipe adds, but for texts of the `judged`
+    pairs. The seed draws the part; a larger part has the smaller one in it."""
     own = {pair[side] for pair in judged for side in ("query", "pos_doc")}
+    if recipe.pairs:
+        drawn = np.random.default_rng(seed).permutation(len(rows))[: recipe.pairs]
+        rows = [rows[i] for i in drawn]
+    if recipe.synthetic:
+        more = pairs.read_mbpp(SYNTHETIC_PAIRS)[: recipe.synthetic]
+        rows = rows + [pair for pair in more if not own & {pair["query"], pair["pos_doc"]}]
     if recipe.extra:
         extra = renamed_codes(rows) if recipe.extra == "renamed" else pairs.read_mbpp(common.POCKET_PAIRS)
         rows = rows + [pair for pair in extra if not own & {pair["query"], pair["pos_doc"]}]
@@ -293,7 +308,7 @@ def general_ndcg(encoder):
 def config_of(recipe, seed, count, precision):
     """The TrainConfig of a cell with `count` training pairs. batch_size None: all of them at once."""
     config = ft.TrainConfig(**recipe.config, seed=seed, precision="fp32" if recipe.library else precision)
-    return dataclasses.replace(config, batch_size=config.batch_size or count)
+    return dataclasses.replace(config, batch_size=min(config.batch_size or count, count))
 
 
 def run_cell(task):
@@ -305,7 +320,7 @@ def run_cell(task):
     everything = pairs.read_mbpp(data)
     held_out = fold_numbers(everything) == fold
     judged, rest = (np.array(everything)[part].tolist() for part in (held_out, ~held_out))
-    rows = training_pairs(recipe, rest, judged, data, base)
+    rows = training_pairs(recipe, rest, judged, data, base, seed)
     config = config_of(recipe, seed, len(rows), precision)
     found, losses = weights_of_cell(recipe, config, base, rows)
     trained, encoder, ranks, general = time.perf_counter() - started, enc.Encoder(base).eval(), {}, {}
@@ -337,6 +352,8 @@ def settings_of(recipe, data):
     own |= dataclasses.asdict(config_of(recipe, 0, 10**6, "fp32"))
     if recipe.rewrites:
         own["rewrites_sha256"] = sha256_of(rewrites_of(data))[:16]
+    if recipe.synthetic:
+        own["synthetic_sha256"] = sha256_of(SYNTHETIC_PAIRS)[:16]
     return json.loads(json.dumps({key: value for key, value in own.items() if key not in unseen}))
 
 

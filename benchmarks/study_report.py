@@ -5,6 +5,7 @@ weights: "plain" (its last epoch's) or "plain / halfway". Intervals are 95 % boo
 of the difference, paired by query, where two places are compared.
 """
 
+import math
 from collections import Counter, namedtuple
 
 import common
@@ -26,6 +27,9 @@ READOUTS = {  # as the cells name the weights, and as readers do
     **dict(zip(SOUPS, ("averaged", *(f"averaged, merged {alpha}" for alpha in ALPHAS)), strict=True)),
 }
 METRICS = ["recall@1", "mrr"]
+SIZES, ALL = (20, 40, 80, 160), 341  # of a fold's training pairs; all of them are the default
+EPOCHS = {2: "2 epochs, rate 2e-4", 3: "3 epochs, rate 2e-4", 5: "lr 2e-4", 10: "default"}
+SYNTHETIC = {400: 5, 800: 3, 1150: 3}  # pairs more: the epochs that make about the default's 50 updates
 # What each row of the summary is compared with, under keys as "mrr - base" and "p base".
 AGAINST = ["base", "original", "plain", "default", "rewrites", "original / halfway", "plain / halfway",
            "default / halfway", "rewrites / halfway", "rewrites / mean of runs, alpha 0.6"]  # fmt: skip
@@ -251,6 +255,80 @@ def answer(results, question, path):
     return f"Highest MRR: {best}, {scores[best]:.3f}. Against {reference} {'; '.join(parts)}."
 
 
+def lines_of(results, ways):
+    """{label: [(x, (MRR, low, high))]} of what is measured. ways: {label: {x: place}}."""
+    there = {label: {x: p for x, p in way.items() if p in results.mrr} for label, way in ways.items()}
+    return {
+        label: [(x, results.row(place)["mrr"]) for x, place in way.items()]
+        for label, way in there.items()
+        if way
+    }
+
+
+def how_much_data(results, path):
+    """Draw MRR against the number of training pairs; returns the finding, None where it is not measured."""
+    more = {ALL + n: f"{n} synthetic / halfway" for n in SYNTHETIC}
+    rewritten = {n: f"{n} pairs, rewrites / halfway" for n in SIZES} | {ALL: "rewrites / halfway"}
+    own = {n: f"{n} pairs / halfway" for n in SIZES} | {ALL: "default / halfway"}
+    ways = {"own pairs": own, "and their rewrites": rewritten}
+    lines = lines_of(results, ways | {"and synthetic pairs": {ALL: own[ALL]} | more})
+    if not {own[n] for n in (*SIZES, ALL)} <= set(results.mrr.index):
+        return None
+    doublings = math.log2(ALL / SIZES[0])
+    per_doubling = [x / doublings for x in results.interval(own[ALL], own[SIZES[0]])]
+    figures.curve(
+        lines,
+        f"Each doubling of the pairs gives about {per_doubling[0]:+.3f} MRR",
+        path,
+        xlabel="training pairs",
+        ylabel="MRR, merged",
+        reference=("base", results.mrr["base"]),
+        source=f"benchmarks/study.py: {results.data}, {FOLDS}-fold, MiniLM, {len(SEEDS)} seeds",
+    )
+    parts = [f"From {SIZES[0]} to {ALL} pairs each doubling gives {shown(per_doubling, True)} MRR."]
+    against = [(f"{n} pairs against none", own[n], "base") for n in (*SIZES, ALL)]
+    against += [(f"rewrites of {n}", rewritten[n], own[n]) for n in (*SIZES, ALL)]
+    against += [(f"{n - ALL:,} synthetic pairs more", place, own[ALL]) for n, place in more.items()]
+    found = [(label, one, two) for label, one, two in against if {one, two} <= set(results.mrr.index)]
+    parts += [f"{label}: {shown(results.interval(one, two), True)}" for label, one, two in found]
+    return parts[0] + " " + "; ".join(parts[1:]) + "."
+
+
+def quality_for_minutes(results, path):
+    """Draw MRR against the minutes of a training, which benchmarks/training.py measured side by side.
+
+    Returns the finding, None where it is not measured.
+    """
+    measured = common.RESULTS / "training_mbpp.json"
+    if not measured.is_file() or not set(EPOCHS.values()) <= set(results.mrr.index):
+        return None
+    rows = read_json(measured)["contenders"]
+    own, original = (rows[name]["seconds"] / 60 for name in ("ours", "predecessor"))
+    minutes = {round(n * own, 2): place for n, place in EPOCHS.items()}
+    last = round(common.ORIGINAL["epochs"] * original, 2)
+    lines = {
+        "merged": {x: f"{place} / halfway" for x, place in minutes.items()},
+        "fine-tuned": minutes,
+        "the original recipe": {last: "original"},
+    }
+    (few, place), whole = list(EPOCHS.items())[-2], EPOCHS[max(EPOCHS)]
+    halved = results.interval(f"{place} / halfway", f"{whole} / halfway")
+    figures.curve(
+        lines_of(results, lines),
+        f"{few} epochs halfway back: {halved[0]:+.3f} MRR against {max(EPOCHS)}, in half the minutes",
+        path,
+        xlabel="minutes of one training on 2 cores, in fp32",
+        ylabel="MRR",
+        reference=("base", results.mrr["base"]),
+        source=f"benchmarks/study.py: {results.data}; minutes: benchmarks/training.py",
+    )
+    parts = []
+    for n, place in list(EPOCHS.items())[:-1]:
+        difference = results.interval(f"{place} / halfway", f"{whole} / halfway")
+        parts.append(f"{n} epochs ({n * own:.1f} min) {shown(difference, True)}")
+    return f"All merged, against {max(EPOCHS)} epochs ({max(EPOCHS) * own:.1f} min): {'; '.join(parts)}."
+
+
 def text_across_recipes(summary):
     words = {True: "stays", False: "does not stay", None: "not measured on both"}
     rule = []
@@ -296,6 +374,13 @@ def report(study, out, figure_folder=ROOT / "images", readme=common.README):
         "default rule": default_rule(studies),
         **across_recipes(results, {name: entry["settings"] for name, entry in study["recipes"].items()}),
     }
+    drawn = {
+        "How much data?": (how_much_data, f"{out.stem}_data_size.png"),
+        "How many minutes?": (quality_for_minutes, f"{out.stem}_minutes.png"),
+    }
+    for title, (draw, name) in drawn.items():
+        if finding := draw(results, figure_folder / name):
+            summary["findings"][title], names[title] = finding, name
     write_json(out, study)
     head = ["recipe", "weights", "seeds", "Recall@1", "MRR", "of each seed", "MRR − base",
             "MRR − original recipe", "general nDCG@10", "minutes"]  # fmt: skip

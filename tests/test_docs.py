@@ -16,7 +16,16 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from embedding_tutorial import assets, finetune, own_data, pairs, pocket_task, profiles, run_notebooks
+from embedding_tutorial import (
+    assets,
+    finetune,
+    more_pairs,
+    own_data,
+    pairs,
+    pocket_task,
+    profiles,
+    run_notebooks,
+)
 from embedding_tutorial.__main__ import main
 from embedding_tutorial.files import ROOT, read_json
 
@@ -225,6 +234,29 @@ def own_pairs(lines, tmp_path, monkeypatch, tiny_bert, **_):
     assert own_data.chosen_files()[0] == tmp_path / "my_pairs.csv"
 
 
+def more_pairs_of_ones_own(lines, tmp_path, monkeypatch, tiny_bert, **_):
+    """Every line as it stands, with one answer as if a language model had written it."""
+    rows = [(row["query"], row["pos_doc"]) for row in pairs.read_mbpp(POCKET)[:24]]
+    pd.DataFrame(rows, columns=["question", "answer"]).to_csv(tmp_path / "my_pairs.csv", index=False)
+    answer = {
+        "text": json.dumps([{"query": "Count the sheep", "passage": "def sheep(herd): return len(herd)"}])
+    }
+    (tmp_path / "answers.jsonl").write_text(json.dumps(answer), encoding="utf-8")
+    monkeypatch.setattr(more_pairs, "NEAR", 1.1)  # to a model without training all texts are alike
+    monkeypatch.setattr(profiles, "model_path", lambda profile: tiny_bert)
+    monkeypatch.setenv("TUTORIAL_DEVICE", "cpu")
+    monkeypatch.chdir(tmp_path)
+    said = []
+    for line in lines:
+        program, *words = shlex.split(line)
+        assert (program, words[:2]) == ("python", ["-m", "embedding_tutorial"])
+        result = CliRunner().invoke(main, words[2:])
+        assert result.exit_code == 0, (line, result.output, result.exception)
+        said.append(result.output)
+    assert "20 requests" in said[0] and "1  kept" in said[1] and "20 pairs to train on" in said[2]
+    assert "19  MRR" in said[3] and (tmp_path / "models" / "mine-curve.png").is_file()
+
+
 def keys_of(record):
     """Each record that is shown has the keys of record(the file's name behind it)."""
 
@@ -262,6 +294,7 @@ BLOCKS = {
     "make ": shell,
     "!git clone": shell,
     ".venv/bin/python -m embedding_tutorial": own_pairs,
+    "python -m embedding_tutorial ask": more_pairs_of_ones_own,
     ".venv/bin/hf download": shell,
     ".venv/bin/python -m pytest": shell,
     "pip install pre-commit": shell,

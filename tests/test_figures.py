@@ -58,6 +58,7 @@ MIX = [
 ]  # fmt: skip
 OTHERS = {"averaged": ((0.70, 0.68, 0.72), (0.79, 0.78, 0.80))}
 
+GROWTH = {"merged": [(20, (0.6, 0.5, 0.7)), (40, (0.7, 0.65, 0.74))], "fine-tuned": [(20, (0.5, 0.4, 0.6))]}
 CALLS = {
     "in_batch_diagram": (QUERIES, CODES), "building_blocks": (), "padding": (LENGTHS, GROUPS),
     "temperature_bars": (SCORES, TAUS), "learning_rate": (RATES, 2), "loss_curves": (CURVES,),
@@ -65,11 +66,12 @@ CALLS = {
     "before_after": (RESULTS,), "projection": (POINTS, [f"task {i}" for i in range(10)]),
     "similarity_heatmaps": (COSINES, COSINES + np.eye(4) / 3, QUERIES),
     "worked_ndcg": ([0, 2, 1], [2, 1]), "metric_bars": (TABLES,), "metric_differences": (TABLES,),
-    "mixture": (MIX, 0.5),
+    "mixture": (MIX, 0.5), "curve": (GROWTH,),
 }  # fmt: skip
 OPTIONS = {"learning_rate": {"original": ORIGINAL}, "loss_curves": {"pairs_per_step": PAIRS}}
 LINE = {"xlabel": "MRR", "reference": 0.81, "reference_label": "base: 0.810"}
 OPTIONS |= {"intervals": LINE, "time_and_memory": {"time_label": "seconds per epoch"}}
+OPTIONS |= {"curve": {"xlabel": "pairs", "ylabel": "MRR", "reference": ("base", 0.55)}}
 OPTIONS |= {"mixture": {"xlabel": "code", "ylabel": "general", "others": OTHERS}}
 
 
@@ -212,6 +214,13 @@ def test_results():
     base, merged, _ = draw("projection").axes
     assert (base.get_xlim(), base.get_ylim()) == (merged.get_xlim(), merged.get_ylim())
     same([line.get_xydata() for line in base.lines[:10]], np.swapaxes(POINTS["base"], 0, 1))
+
+
+def test_a_curve_has_every_interval_and_names_its_reference():
+    [ax] = draw("curve").axes
+    same(whiskers(ax, 1), [score[1:] for points in GROWTH.values() for _, score in points])
+    assert ax.get_xscale() == "log" and [t.get_text() for t in ax.get_xticklabels()] == ["20", "40"]
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == [*GROWTH, "base"]
 
 
 def test_retrieval():

@@ -204,6 +204,46 @@ def test_rewrites_are_training_pairs_only_and_never_what_is_judged():
         study.rewrites_of("unknown.json")
 
 
+def test_a_smaller_part_of_the_pairs_lies_within_a_larger_one():
+    rows = [pair(f"q{i}", f"c{i}") | {"meta": {"task_id": i}} for i in range(300)]
+
+    def drawn(count, seed):
+        found = study.training_pairs(study.Recipe(pairs=count), rows, [], None, None, seed)
+        return {row["query"] for row in found}
+
+    assert len(drawn(20, 42)) == 20 and drawn(20, 42) < drawn(40, 42) and drawn(20, 42) != drawn(20, 43)
+    config = study.config_of(study.RECIPES["20 pairs"], 42, 20, "fp32")
+    assert config.batch_size == 20 and config.epochs == 10
+
+
+def test_synthetic_pairs_leave_out_what_is_judged():
+    rows = [pair("own", "own code")]
+    more = study.pairs.read_mbpp(study.SYNTHETIC_PAIRS)
+    found = study.training_pairs(study.Recipe(synthetic=3), rows, [pair(more[1]["query"], "x")], None, None)
+    assert [row["query"] for row in found] == ["own", more[0]["query"], more[2]["query"]]
+    for count, epochs in sr.SYNTHETIC.items():  # about as many updates as the default's 50
+        config = study.config_of(study.RECIPES[f"{count} synthetic"], 42, 341 + count, "fp32")
+        assert config.epochs == epochs and 45 <= epochs * -(-(341 + count) // 80) <= 57
+
+
+def test_the_curves_are_drawn_where_their_rows_are_measured(tmp_path, monkeypatch):
+    recipes = {"base": entry({"last": [4] * 10}), "default": entry({"last": [1] * 10, "halfway": [1] * 10})}
+    assert sr.how_much_data(results(**recipes), tmp_path / "x.png") is None
+    for count in sr.SIZES:
+        recipes[f"{count} pairs"] = entry({"last": [4] * 10, "halfway": [2] * 10})
+    found = sr.how_much_data(results(**recipes), tmp_path / "size.png")
+    assert (
+        "each doubling gives +0.122 [+0.122, +0.122] MRR" in found
+        and "341 pairs against none: +0.750" in found
+    )
+    assert sr.quality_for_minutes(results(**recipes), tmp_path / "x.png") is None
+    for place in sr.EPOCHS.values():
+        recipes[place] = entry({"last": [2] * 10, "halfway": [1] * 10})
+    found = sr.quality_for_minutes(results(**recipes), tmp_path / "minutes.png")
+    assert "5 epochs (1.1 min) +0.000 [+0.000, +0.000]" in found
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["minutes.png", "size.png"]
+
+
 def test_the_faulty_schedule_is_the_one_that_is_described(tiny_bert):
     """Micro-batches of 80, a step after every second: with 5 of them 2 steps an epoch, and one left over."""
     pairs = [pair(f"query {i}", f"def code_{i}(): pass") for i in range(10)]
