@@ -401,6 +401,7 @@ def train(base, train_pairs, val_pairs, config, folder, device=None, progress=Tr
 
 def train_alone(base, train_pairs, val_pairs, config, folder, device, progress, stop_after):
     """`train`, checked, while no other process works in the folder."""
+    give_memory_back(torch.device(device))  # what the caller let go of: gigabytes, after a lesson with BGE-M3
     identity = run_identity(base, train_pairs, val_pairs, config)
     state = load_state(folder) if folder.exists() else None
     changed = [name for name in identity if state and state["identity"].get(name) != identity[name]]
