@@ -7,6 +7,7 @@ import contextlib
 import os
 import platform
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +47,8 @@ class Profile:
     shard_characters: int    # encoded between two saves: well under a minute's work
     learning_rate: float
     minutes: str             # of both notebooks on a GPU, after the install
-    minutes_cpu: str
+    cpu_work: tuple          # (of what, fixed seconds, TFLOP in fp32, TFLOP in the training's precision)
+    layer: tuple             # (hidden, intermediate) size of its largest product, whose speed is measured
     memory: str              # of the GPU
     memory_cpu: str
     gpu_gb: float            # free memory that the training asks of a GPU; 0: none is asked
@@ -79,7 +81,7 @@ PROFILES = {
         retrieval="T2Retrieval", precision="auto", token_budget=2048, encode_budget=32_768,
         encode_precision="auto", retrieval_length=8192, shard_characters=2_000_000, learning_rate=2e-5,
         minutes="not measured by us; the original article's run: 5 min of training, 6 h of T2Retrieval",
-        minutes_cpu="about 5 min an epoch on 2 cores with bf16, ten epochs; T2Retrieval on a subset",
+        cpu_work=("an epoch, ten of them; T2Retrieval on a subset", 0, 0, 0), layer=(1024, 4096),
         memory="about 8 GB of the GPU, by count: not measured by us", memory_cpu="about 12 GB of RAM",
         gpu_gb=8.0, ram_gb=13.0, disk_gb=FULL_DISK_GB),
     "pocket": Profile(
@@ -87,7 +89,7 @@ PROFILES = {
         retrieval="PocketT2Retrieval", precision="auto", token_budget=1024, encode_budget=1024,
         encode_precision="fp32", retrieval_length=512, shard_characters=50_000, learning_rate=2e-4,
         minutes="not measured by us on a GPU; 5 to 8 min on 2 CPU cores",
-        minutes_cpu="5 to 8 min on 2 CPU cores",
+        cpu_work=("for both notebooks", 0, 0, 0), layer=(384, 1536),
         memory="not measured by us on a GPU", memory_cpu="about 2.5 GB of RAM",
         gpu_gb=0.0, ram_gb=0.0, disk_gb=POCKET_DISK_GB),
 }
@@ -310,6 +312,27 @@ def rewrites_path(source):
 # ---------------------------------------------------------------- what the first cell prints
 
 
+def speed_of_cpu(layer, precision, seconds=0.3):
+    """GFLOP/s of this CPU in the product of 1,024 tokens with a layer (hidden, intermediate): the best."""
+    kind = torch.bfloat16 if precision == "bf16" else torch.float32
+    x, weight = torch.ones(1024, layer[0], dtype=kind), torch.ones(layer[1], layer[0], dtype=kind)
+    quickest, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        torch.nn.functional.linear(x, weight)
+        quickest = min(quickest, time.perf_counter() - start)
+    return 2 * 1024 * layer[0] * layer[1] / quickest / 1e9
+
+
+def time_on_cpu(profile):
+    """How long the profile takes on this CPU, in words: its counted work, by the speed measured just now."""
+    what, fixed, exact, training = profile.cpu_work
+    kinds = "fp32", training_precision(profile, "cpu")
+    speed = {kind: speed_of_cpu(profile.layer, kind) for kind in kinds}
+    minutes = (fixed + 1000 * (exact / speed["fp32"] + training / speed[kinds[1]])) / 60
+    return f"about {minutes:.0f} min {what}, at {speed[kinds[1]]:.0f} GFLOP/s, measured just now"
+
+
 def describe(profile, reason, device=None, pairs=None):
     """The printed block at the top of each notebook: what runs, why, where, for how long.
 
@@ -330,7 +353,7 @@ def describe(profile, reason, device=None, pairs=None):
         "retrieval": profile.retrieval,
         "device": f"{device}  ({processor}, {free:.1f} of {total:.1f} GB free)",
         "precision": f"{precision[0]} training, {precision[1]} encoding",
-        "time": profile.minutes_cpu if cpu else profile.minutes,
+        "time": time_on_cpu(profile) if cpu else profile.minutes,
         "memory": profile.memory_cpu if cpu else profile.memory,
         "disk": f"{disk}, {free_disk_gb(ROOT / 'models'):.0f} GB free",
         "to change": "TUTORIAL_PROFILE=full|pocket, TUTORIAL_DEVICE=cpu|cuda, or this cell's variables",

@@ -417,19 +417,20 @@ def printed(profile, *args):
 def test_the_block_says_what_runs_where(gpu, monkeypatch):
     instructions(monkeypatch)
     ram(monkeypatch, 12.34)
+    monkeypatch.setattr(profiles, "speed_of_cpu", lambda layer, precision: 100)
     rows = printed(POCKET)
     names = "profile model pairs retrieval device precision time memory disk".split()
     assert list(rows) == [*names, "to change"]
     assert rows["profile"] == "pocket  (why)"
     assert rows["device"].startswith("cpu  (") and rows["device"].endswith(", 12.3 of 64.0 GB free)")
     assert rows["precision"] == "fp32 training, fp32 encoding"
-    assert rows["time"] == POCKET.minutes_cpu and rows["memory"] == POCKET.memory_cpu
+    assert rows["time"] == profiles.time_on_cpu(POCKET) and rows["memory"] == POCKET.memory_cpu
     assert rows["disk"] == "about 1 GB at the peak, 500 GB free"
     for variable in ("TUTORIAL_PROFILE", "TUTORIAL_DEVICE"):
         assert variable in rows["to change"]
 
     rows = printed(FULL)
-    assert (rows["time"], rows["memory"]) == (FULL.minutes_cpu, FULL.memory_cpu)
+    assert "an epoch, ten of them" in rows["time"] and rows["memory"] == FULL.memory_cpu
     gpu(count=2, free=11.4)
     rows = printed(FULL)
     assert rows["device"] == "cuda  (GPU-0, 11.4 of 12.0 GB free)"
@@ -438,6 +439,16 @@ def test_the_block_says_what_runs_where(gpu, monkeypatch):
     monkeypatch.setattr(profiles, "native_precision", lambda device: "bf16")
     assert printed(FULL, "cuda:1")["device"].startswith("cuda:1  (GPU-1, ")
     assert printed(FULL, "cpu")["device"].startswith("cpu  (")
+
+
+def test_the_minutes_follow_the_speed_of_the_cpu(monkeypatch):
+    instructions(monkeypatch, "avx512_bf16")
+    assert profiles.speed_of_cpu((64, 256), "fp32", 0.01) > 0 < profiles.speed_of_cpu((64, 256), "bf16", 0.01)
+    work = dataclasses.replace(POCKET, cpu_work=("for both notebooks", 60, 24, 36))
+    monkeypatch.setattr(profiles, "speed_of_cpu", lambda layer, kind: {"fp32": 200, "bf16": 400}[kind])
+    assert profiles.time_on_cpu(work) == "about 4 min for both notebooks, at 400 GFLOP/s, measured just now"
+    instructions(monkeypatch)  # no bf16: the training is in fp32 as well
+    assert profiles.time_on_cpu(work).startswith("about 6 min ")
 
 
 def test_the_block_names_the_pairs_that_are_read(monkeypatch, tmp_path):
