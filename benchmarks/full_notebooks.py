@@ -25,6 +25,7 @@ import common
 import nbformat
 
 from embedding_tutorial.files import folders_gb, write_json
+from embedding_tutorial.pairs import read_pairs
 from embedding_tutorial.run_notebooks import NAMES
 
 SETTINGS = "TrainConfig(**profile.config(device))"
@@ -73,6 +74,22 @@ def measure(name):
     write_json("measured.json", {"gb": round(peak, 2)})
 
 
+def section(result):
+    """What benchmarks/README.md says of a run."""
+    rows = [[name, row["minutes"], row["gb"]] for name, row in result["notebooks"].items()]
+    table = common.markdown_table(["notebook", "minutes", "peak of its kernel, GB"], rows)
+    option, pairs = " --pairs FILE" if result["pairs"] else "", result["pairs"] or "the tutorial's"
+    return f"""## Both notebooks at full size
+
+`python benchmarks/full_notebooks.py --model DIR{option}`: every cell of
+both, in the full profile, with random weights of BGE-M3's size (`full_size.py --folder F --only build`
+makes them) and {pairs} pairs; epochs of the run: {result["epochs"]}. Scores of random weights mean nothing
+and are left out. {result["machine"]["summary"]}.
+
+{table}
+"""
+
+
 def main():
     kind = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
@@ -94,8 +111,10 @@ def main():
         notebooks = run(copy, args.model.resolve(), args.device, pairs=args.pairs and args.pairs.resolve())
         disk = folders_gb(copy / "models", copy / "c_mteb_results")
         result = {"machine": common.machine(("torch", "transformers", "mteb")), "epochs": args.epochs}
+        result["pairs"] = len(read_pairs(args.pairs)) if args.pairs else None
         result |= {"notebooks": notebooks, "disk_gb_at_the_end": round(disk, 2)}
     write_json(args.out, result)
+    common.put_into_readme("full-notebooks", section(result))
     print(json.dumps({k: v for k, v in result.items() if k != "machine"}, indent=1))
 
 

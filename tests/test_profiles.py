@@ -311,7 +311,7 @@ def test_what_this_process_holds_counts_as_free(gpu, monkeypatch):
     """The first cell may run again when the model is loaded."""
     gpu(free=3.0, reserved=5.5)
     assert choose_profile()[0] is FULL
-    ram(monkeypatch, free=4.0, own=9.5)
+    ram(monkeypatch, free=4.0, own=10.5)
     assert choose_profile("full", "cpu")[0] is FULL
 
 
@@ -332,8 +332,8 @@ def test_the_profile_can_be_chosen(gpu, monkeypatch):
 def test_full_on_a_cpu_asks_for_its_ram(monkeypatch):
     profile, reason = choose_profile("full")
     assert profile is FULL and reason.startswith("chosen in the first cell; no CUDA GPU here")
-    ram(monkeypatch, 12.9)
-    parts = ("12.9 of 64.0 GB of RAM are free and 13.0 GB are needed", "TUTORIAL_PROFILE=pocket")
+    ram(monkeypatch, 13.9)
+    parts = ("13.9 of 64.0 GB of RAM are free and 14.0 GB are needed", "TUTORIAL_PROFILE=pocket")
     refused(lambda: choose_profile("full"), *parts)
     monkeypatch.setenv("TUTORIAL_PROFILE", "full")
     refused(choose_profile, *parts)
