@@ -29,7 +29,7 @@ READOUTS = {  # as the cells name the weights, and as readers do
 METRICS = ["recall@1", "mrr"]
 SIZES, ALL = (20, 40, 80, 160), 341  # of a fold's training pairs; all of them are the default
 EPOCHS = {2: "2 epochs, rate 2e-4", 3: "3 epochs, rate 2e-4", 5: "lr 2e-4", 10: "default"}
-SYNTHETIC = {400: 5, 800: 3, 1150: 3}  # pairs more: the epochs that make about the default's 50 updates
+SYNTHETIC = {400: 5, 800: 3, 1500: 2}  # pairs more: the epochs that make about the default's 50 updates
 # What each row of the summary is compared with, under keys as "mrr - base" and "p base".
 AGAINST = ["base", "original", "plain", "default", "rewrites", "original / halfway", "plain / halfway",
            "default / halfway", "rewrites / halfway", "rewrites / mean of runs, alpha 0.6"]  # fmt: skip

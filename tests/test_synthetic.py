@@ -27,7 +27,7 @@ def word_grams(text, n=5):
 
 def test_format_and_no_doubles(records):
     assert [record["task_id"] for record in records] == list(range(1, len(records) + 1))
-    assert len(records) >= 1150
+    assert len(records) == 1500
     for record in records:
         assert list(record) == ["task_id", "prompt", "code", "test_imports", "test_list"], record["task_id"]
         assert len(set(record["test_list"])) == 3 and record["prompt"].startswith("Write a ")
