@@ -34,6 +34,14 @@ def parser(text):
     return argparse.ArgumentParser(description=text, formatter_class=Formatter)
 
 
+def label(path):
+    """A short name for a model folder or a data file: that of its own folder where its name says nothing."""
+    path = Path(path)
+    return (
+        path.parent.name if path.stem in ("model", "train", "groups", "merged", "fine-tuned") else path.stem
+    )
+
+
 def run(main):
     """Call `main`; a TutorialError ends the program with its message and status 1."""
     try:
@@ -42,11 +50,11 @@ def run(main):
         sys.exit(f"Stopped: {error}")
 
 
-def open_step(folder, settings):
+def open_step(folder, settings, keep=()):
     """Prepare `folder` for a step. Returns what it found if it has already finished, else None.
 
-    settings: a dict that JSON can hold, everything that changes the result. TutorialError for a folder that
-    no recipe made.
+    settings: a dict that JSON can hold, everything that changes the result. keep: what an unfinished step
+    with these settings can go on from; the rest is deleted. TutorialError for a folder that no recipe made.
     """
     folder = Path(folder)
     recover(folder)
@@ -71,9 +79,9 @@ def open_step(folder, settings):
                 f"{relative(folder)} was made with other settings ({', '.join(changed)}): now {aside.name}."
             )
         else:
-            print(f"{relative(folder)}: an earlier run did not finish, done again.")
+            print(f"{relative(folder)}: an earlier run did not finish{'.' if keep else ', done again.'}")
             for entry in folder.iterdir():
-                if entry != marker:
+                if entry != marker and not (before == settings and entry.name in keep):
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     write_json(marker, settings)
