@@ -5,8 +5,9 @@
 
 Each command runs in a process of its own. The rows are made up, and so are the vectors: unit vectors of 384
 dimensions around 20,000 centres, each query's near its passage's. What is measured is reading, drawing,
-searching, writing and checking. Embedding costs what the model costs and is not in it: the seconds in which the
-vectors are made up are taken off. Writes benchmarks/results/recipes_data.json and a table of recipes/README.md.
+searching, writing and checking. Embedding costs what the model costs and is not in it: the seconds in which
+the vectors are made up are taken off. Writes benchmarks/results/recipes_data.json and a table of
+recipes/README.md.
 """
 
 import argparse

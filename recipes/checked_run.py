@@ -2,15 +2,11 @@
 
     torchrun --nproc_per_node 2 recipes/checked_run.py base|m3 REPORTS [FlagEmbedding's arguments]
 
-`engine.py` starts it. What is mended: vectors that are gathered carry their gradient (`Gathered`), scores are
-computed in fp32 (`in_fp32`), a checkpoint can be gone on from (`go_on`).
-
-With more than one CPU process and no `--use_cpu`, FlagEmbedding ends with status 0 although every
-process trained alone. A checksum of the parameters does not show it: processes that train alone on the
-*same* rows from the same seed agree. torch.distributed does not show it either: it may know a group that
-the trainer does not use. So each process writes `REPORTS/rank-N.json` with the size of the group that it
-trained in, a checksum of its first batch and one of its parameters, and `engine.check_ranks` compares
-them. A process that finds itself alone stops before the first step.
+`engine.py` starts it. With more than one CPU process and no `--use_cpu`, FlagEmbedding ends with status 0
+although every process trained alone. A checksum of the parameters does not show it: processes that train
+alone on the *same* rows from the same seed agree. torch.distributed does not show it either: it may know a
+group that the trainer does not use. So each process writes `REPORTS/rank-N.json`: the size of its group, a
+checksum of its first batch and of its parameters; `engine.check_ranks` compares. One that is alone stops.
 """
 
 import hashlib
@@ -45,15 +41,11 @@ def arguments_of(engine, words):
     return HfArgumentParser([part_of(engine, kind) for kind in kinds]).parse_args_into_dataclasses(words)
 
 
-# ---------------------------------------------------------------- what is mended
-
-
 class Gathered(torch.autograd.Function):
     """Vectors (n, d) → those of all processes; each process gets the gradient that all have for its own.
 
-    FlagEmbedding gathers without a gradient: each process computes the loss of all and the gradient of its
-    own share, then DDP averages, so that the gradient is divided by the number of processes. In unified
-    training this is so for one of the terms only, and no learning rate mends it.
+    FlagEmbedding gathers without a gradient: each process has that of its own share, DDP averages, and the
+    gradient is divided by the number of processes. In unified training it is so for one of the terms only.
     """
 
     @staticmethod
@@ -128,9 +120,6 @@ class Along(TrainerCallback):
             print(PROGRESS, state.global_step, state.max_steps, f"{float(logs['loss']):.4f}", flush=True)
 
 
-# ---------------------------------------------------------------- what is reported
-
-
 def checksum(model):
     """sha256 of all parameters of the model, names included."""
     digest = hashlib.sha256()
@@ -140,30 +129,18 @@ def checksum(model):
     return digest.hexdigest()
 
 
-def group_size(trainer):
-    """Processes that train together: the fewest that torch.distributed, the Trainer or accelerate knows."""
-    started = torch.distributed.is_available() and torch.distributed.is_initialized()
-    known = torch.distributed.get_world_size() if started else 1
-    return min(known, trainer.args.world_size, trainer.accelerator.num_processes)
+def watch_first_batch(model, report):
+    """Put a checksum of the queries of the first batch, and the number of its passages, into the report."""
 
+    def look(model, args, inputs):
+        sides = [inputs[name] for name in ("queries", "passages")]
+        queries, passages = (side if isinstance(side, list) else [side] for side in sides)
+        rows = [part["input_ids"].cpu().contiguous().numpy().tobytes() for part in queries]
+        report["first_batch"] = hashlib.sha256(b"".join(rows)).hexdigest()
+        report["passages"] = sum(len(part["input_ids"]) for part in passages)
+        handle.remove()
 
-class FirstBatch:
-    """A forward hook that keeps a checksum of the queries of the first batch, and counts its passages."""
-
-    def __init__(self, model):
-        self.checksum, self.passages = None, 0
-        self.handle = model.register_forward_pre_hook(self, with_kwargs=True)
-
-    def __call__(self, model, args, inputs):
-        queries, passages = (
-            x if isinstance(x, list) else [x] for x in (inputs["queries"], inputs["passages"])
-        )
-        self.passages = sum(len(part["input_ids"]) for part in passages)
-        digest = hashlib.sha256()
-        for part in queries:
-            digest.update(part["input_ids"].cpu().contiguous().numpy())
-        self.checksum = digest.hexdigest()
-        self.handle.remove()
+    handle = model.register_forward_pre_hook(look, with_kwargs=True)
 
 
 def main():
@@ -171,31 +148,26 @@ def main():
     rank, started = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     model, data, training = arguments_of(engine, words)
     runner = part_of(engine, "Runner")(model_args=model, data_args=data, training_args=training)
-    report = {
-        "rank": rank,
-        "started": started,
-        "group_size": group_size(runner.trainer),
-        "before": checksum(runner.model),
-    }
-    if report["group_size"] == started:
+    own, group = runner.trainer, torch.distributed
+    known = group.get_world_size() if group.is_available() and group.is_initialized() else 1
+    known = min(known, own.args.world_size, own.accelerator.num_processes)  # each may know another group
+    report = {"rank": rank, "started": started, "group_size": known}
+    if known == started:
         mend(runner.model)
         go_on(runner)
-        batch = FirstBatch(runner.model)
-        begin, cpu_begin = time.perf_counter(), time.process_time()
+        watch_first_batch(runner.model, report)
+        report["before"], begin, cpu = checksum(runner.model), time.perf_counter(), time.process_time()
         runner.trainer.add_callback(Along(runner, rank))
         runner.run()
         weights, state = dict(runner.model.named_parameters()), runner.trainer.state
         report |= {
             "after": checksum(runner.model),
-            "first_batch": batch.checksum,
-            "passages": batch.passages,
-            "not_finite": [name for name, weight in weights.items() if not torch.isfinite(weight).all()],
+            "not_finite": [name for name, weight in weights.items() if not torch.isfinite(weight).all()][:5],
             "steps": state.global_step,
             "losses": [float(log["loss"]) for log in state.log_history if "loss" in log],
             "seconds": time.perf_counter() - begin,
-            "cpu_seconds": time.process_time() - cpu_begin,
-            "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
-        }
+            "cpu_seconds": time.process_time() - cpu,
+            "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
     write_json(reports / f"rank-{rank}.json", report)
 
 

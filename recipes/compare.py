@@ -4,10 +4,10 @@
     python recipes/compare.py --checkpoint … --queries my_held_out.jsonl --corpus my_passages.jsonl
 
 Every query searches its answers among all passages: those of the corpus and the answers of all queries.
-Pairs, FlagEmbedding's lines and whatever else the tutorial reads are taken. Of several answers the best counts
-for Recall and MRR, all for nDCG. A tie counts against the model. A checkpoint with BGE-M3's heads appears four
-times: dense, sparse, ColBERT, and their weighted sum (1, 0.3, 1: FlagEmbedding's weights). MODEL@64 takes the
-first 64 dimensions. The first checkpoint is the reference of the differences.
+Pairs, FlagEmbedding's lines and whatever else the tutorial reads are taken. Of several answers the best
+counts for Recall and MRR, all for nDCG. A tie counts against the model. A checkpoint with BGE-M3's heads is
+judged four times: dense, sparse, ColBERT, and their sum (weights 1, 0.3, 1: FlagEmbedding's). MODEL@64 takes
+the first 64 dimensions. The first checkpoint is the reference of the differences.
 """
 
 import sys
@@ -38,9 +38,6 @@ def metrics_of(ranks):
     return found | {"ndcg@10": np.array(won)}
 
 
-# ---------------------------------------------------------------- scores: (queries, passages)
-
-
 def sparse_matrix(weights, columns):
     """Token weights, [{token id: weight}], as a sparse matrix (texts, columns)."""
     cells = [(row, int(token), weight) for row, text in enumerate(weights) for token, weight in text.items()]
@@ -62,8 +59,7 @@ def colbert_scores(queries, passages):
 SCORES = {
     "dense": lambda q, p: q @ p.T,
     "sparse": lambda q, p: (q @ p.T).toarray(),
-    "ColBERT": colbert_scores,
-}
+    "ColBERT": colbert_scores}
 
 
 def encoder_of(folder, dims=None, max_length=512):
@@ -91,20 +87,15 @@ def encoder_of(folder, dims=None, max_length=512):
 
 
 def all_scores(q, p):
-    """({mode: scores}, {mode: seconds}), with the weighted sum where there are three."""
-    scores, seconds = {}, {}
-    for mode in q:
-        begin = time.perf_counter()
-        scores[mode] = SCORES[mode](q[mode], p[mode])
-        seconds[mode] = time.perf_counter() - begin
+    """{mode: scores}, with the weighted sum where there are three."""
+    scores = {mode: SCORES[mode](q[mode], p[mode]) for mode in q}
     if len(scores) > 1:
         scores["weighted sum"] = sum(weight * scores[mode] for mode, weight in WEIGHTS.items())
-        seconds["weighted sum"] = sum(seconds.values())
-    return scores, seconds
+    return scores
 
 
 def evaluate(encode, asked, corpus=(), instruction=""):
-    """{mode: (ranks, queries per second)} of pairs whose queries are searched among all answers and a corpus.
+    """({mode: ranks}, queries per second of all modes) of pairs, searched among all answers and a corpus.
 
     A block of passages is encoded, compared and forgotten. The answers come first: later blocks are counted.
     """
@@ -114,15 +105,17 @@ def evaluate(encode, asked, corpus=(), instruction=""):
     owner = np.repeat(np.arange(len(asked)), list(map(len, right)))
     column = np.concatenate(right)
     others = [text for text in pairs.passages_of(corpus) if text not in place]
-    begin = time.perf_counter()
+    begin, own, before, ranks = time.perf_counter(), {}, {}, {}
     q = encode([instruction + pair["query"] for pair in asked])
-    encoding, own, before, spent = time.perf_counter() - begin, {}, {}, {}
+    spent = time.perf_counter() - begin
     for number, block in enumerate([answers, *data.blocks(others, PASSAGES)]):
         p, size = encode(block), max(1, CELLS // len(block))
         for start in range(0, len(asked), size):
             mine = (owner >= start) & (owner < start + size)
             rows = owner[mine] - start
-            found, seconds = all_scores({mode: v[start : start + size] for mode, v in q.items()}, p)
+            begin = time.perf_counter()
+            found = all_scores({mode: v[start : start + size] for mode, v in q.items()}, p)
+            spent += time.perf_counter() - begin
             for mode, scores in found.items():
                 if not np.isfinite(scores).all():
                     raise ValueError("scores contain NaN or infinity: the embeddings are broken")
@@ -130,26 +123,20 @@ def evaluate(encode, asked, corpus=(), instruction=""):
                     own.setdefault(mode, np.empty(len(owner)))[mine] = scores[rows, column[mine]]
                     scores[rows, column[mine]] = -np.inf
                 ahead = [
-                    (scores[row] >= value).sum() for row, value in zip(rows, own[mode][mine], strict=True)
-                ]
+                    (scores[row] >= value).sum() for row, value in zip(rows, own[mode][mine], strict=True)]
                 before.setdefault(mode, np.zeros(len(owner), int))[mine] += ahead
-                spent[mode] = spent.get(mode, encoding) + seconds[mode]
-    bounds, ranks = np.cumsum(list(map(len, right)))[:-1], {}
+    bounds = np.cumsum(list(map(len, right)))[:-1]
     for mode, counts in before.items():
         ranks[mode] = [np.sort(n) + 1 + np.arange(len(n)) for n in np.split(counts, bounds)]
-    return {mode: (ranks[mode], len(asked) / spent[mode]) for mode in ranks}
+    return ranks, len(asked) / spent
 
 
 def top(model, query, passages, k=5):
     """[(score, passage)] of the k best for one query, by an exact faiss index."""
     encoder = models.load(models.find_model(model))
     scores, found = data.exact_index(data.vectors(encoder, passages)).search(
-        data.vectors(encoder, [query]), k
-    )
+        data.vectors(encoder, [query]), k)
     return [(float(score), passages[i]) for score, i in zip(scores[0], found[0], strict=True)]
-
-
-# ---------------------------------------------------------------- the table and the figure
 
 
 def row_of(name, mode, ranks, reference):
@@ -177,9 +164,9 @@ def compare(listed, asked, corpus, instruction=""):
     rows, reference = [], None
     for number, (name, model) in enumerate(listed, 1):
         print(f"[{number}/{len(listed)}] {name}", flush=True)
-        found = evaluate(encoder_of(*model_of(model)), asked, corpus, instruction)
-        reference = found["dense"][0] if reference is None else reference
-        for mode, (ranks, speed) in found.items():
+        found, speed = evaluate(encoder_of(*model_of(model)), asked, corpus, instruction)
+        reference = found["dense"] if reference is None else reference
+        for mode, ranks in found.items():
             more = {"heads": len(found) > 1, "queries_per_second": round(speed, 1)}
             rows.append({**row_of(name, mode, ranks, reference), **more})
             mean, low, high = rows[-1]["mrr"]
@@ -215,8 +202,7 @@ def figure(results, path):
     rows = [
         {"label": label(row), "value": value, "lo": low, "hi": high}
         | ({"group": "far below, on an axis of their own"} if high < mean * 2 / 3 else {})
-        for row, (value, low, high) in zip(results["rows"], triples, strict=True)
-    ]
+        for row, (value, low, high) in zip(results["rows"], triples, strict=True)]
     rows.sort(key=lambda row: "group" in row)  # the reference's panel first
     best = max(rows, key=lambda row: row["value"])
     above, below = sum(low > mean for _, low, _ in triples), sum(high < mean for *_, high in triples)
@@ -228,8 +214,7 @@ def figure(results, path):
         xlabel="MRR",
         reference=mean,
         reference_label=f"{name}: {mean:.3f}",
-        source=f"{results['queries']} queries against {results['passages']} passages; recipes/compare.py",
-    )
+        source=f"{results['queries']} queries against {results['passages']} passages; recipes/compare.py")
 
 
 def main(words=None):
@@ -238,13 +223,11 @@ def main(words=None):
     add(
         "--checkpoint",
         help="a name for the table and minilm, bge-m3 or a model folder; may be repeated",
-        **many,
-    )
+        **many)
     add(
         "--queries",
         type=Path,
-        help="a file of queries with answers; otherwise notebook 01's validation pairs",
-    )
+        help="a file of queries with answers; otherwise notebook 01's validation pairs")
     add("--corpus", type=Path, help="a file of further passages; beside the training codes of notebook 01")
     add("--instruction", default="", help="stands before every query")
     add("--output", type=Path, default=steps.OUTPUT / "comparison", help="folder")
@@ -259,13 +242,10 @@ def main(words=None):
         corpus += pairs.read_corpus(args.corpus)
     settings = {
         "data": [
-            path and sha256_of(path) for path in (args.queries or data.VALIDATION, args.corpus, data.TRAIN)
-        ],
+            path and sha256_of(path) for path in (args.queries or data.VALIDATION, args.corpus, data.TRAIN)],
         "instruction": args.instruction,
         "checkpoints": [
-            [name, fingerprint(model_of(model)[0]), model_of(model)[1]] for name, model in listed
-        ],
-    }
+            [name, fingerprint(model_of(model)[0]), model_of(model)[1]] for name, model in listed]}
     if steps.open_step(args.output, settings) is None:
         results = compare(listed, asked, corpus, args.instruction)
         write_json(args.output / "results.json", results)

@@ -55,9 +55,6 @@ def blocks(items, size=None):
         yield block
 
 
-# ---------------------------------------------------------------- negatives
-
-
 def positives_of(pairs):
     """{query: the set of its right answers}: a query may stand in several pairs."""
     right = {}
@@ -131,8 +128,7 @@ def index_of(passages):
 
 def mined(
     pairs, encoder, count=7, window=(1, 60), margin=0.02, seed=42, share=1.0, corpus=(), hardest=False,
-    instruction="",
-):  # fmt: skip
+    instruction=""):
     """Yield (row, random fill-ins): negatives drawn from the ranks `window` of each query's wrong passages.
 
     A passage that scores more than the positive's score - margin, or more than share of it, may well be right
@@ -150,14 +146,15 @@ def mined(
     index, k = index_of(p), min(len(passages), last + max(map(len, right.values())))
     spares = random_negatives(pairs, count, seed)
     for block in blocks(pairs):
-        q = vectors(encoder, [instruction + pair["query"] for pair in block])
-        scores, found = index.search(q.astype(np.float32), k)
+        q = vectors(encoder, [instruction + pair["query"] for pair in block]).astype(np.float32)
+        scores, found = index.search(q, k)
         for i, pair in enumerate(block):
+            taken = {place[text] for text in right[pair["query"]]}
             own = min(float(q[i] @ p[place[text]]) for text in answers_of(pair))
             limit = min(own - margin, own - (1 - share) * abs(own))
-            near = [(s, passages[j]) for s, j in zip(scores[i], found[i], strict=True) if j >= 0]
-            wrong = [(s, text) for s, text in near if text not in right[pair["query"]]]
-            allowed = [text for s, text in wrong[first - 1 : last] if s <= limit]
+            near = zip(scores[i].tolist(), found[i].tolist(), strict=True)
+            wrong = [(score, j) for score, j in near if j >= 0 and j not in taken]
+            allowed = [passages[j] for score, j in wrong[first - 1 : last] if score <= limit]
             chosen = allowed[:count] if hardest else draw.sample(allowed, min(count, len(allowed)))
             others = [text for text in next(spares)["neg"] if text not in chosen]
             yield row_of(pair, chosen + others[: count - len(chosen)]), count - len(chosen)
@@ -167,9 +164,6 @@ def hard_negatives(pairs, encoder, *settings, **more):
     """(all rows of `mined`, number of random fill-ins)."""
     found = list(mined(pairs, encoder, *settings, **more))
     return [row for row, _ in found], sum(filled for _, filled in found)
-
-
-# ---------------------------------------------------------------- a teacher
 
 
 def cosines(encoder, instruction=""):
@@ -204,11 +198,7 @@ def teacher_scores(rows, score, temperature=0.05):
         for row in block:
             yield row | {
                 f"{name}_scores": [round(next(values) / temperature, 4) for _ in row[name]]
-                for name in ("pos", "neg")
-            }
-
-
-# ---------------------------------------------------------------- validation
+                for name in ("pos", "neg")}
 
 
 def row_problem(row, group=1, scores=False):
@@ -256,18 +246,6 @@ def check_file(path, group=1, scores=False):
     return found | {"shared": sum(n * (n - 1) // 2 for n in answers.values())}
 
 
-def say_shared(found, batch):
-    """What pairs of rows with one positive mean: FlagEmbedding masks nothing."""
-    expected = found["shared"] * (batch / found["rows"]) ** 2
-    print(
-        f"{found['shared']:,} pairs of rows have a positive in common. Where two meet in a batch, a right "
-        f"answer counts as wrong: {expected:.2f} times in a batch of {batch}."
-    )
-
-
-# ---------------------------------------------------------------- length groups
-
-
 def length_groups(rows, tokenizer, bounds=(64, 128, 256, 512), tokens=8192, group=1, processes=2):
     """([(bound, queries per process, rows)], the bound (n,) of each row): a row's longest text decides.
 
@@ -276,7 +254,7 @@ def length_groups(rows, tokenizer, bounds=(64, 128, 256, 512), tokens=8192, grou
     """
     longest = []
     for block in blocks(rows):
-        texts = [[row["query"], *row["pos"], *row["neg"]] for row in block]
+        texts = [[row["query"], *row["pos"], *(row["neg"] if group > 1 else ())] for row in block]
         each = list(dict.fromkeys(itertools.chain.from_iterable(texts)))
         count = dict(zip(each, token_counts(tokenizer, each)[0].tolist(), strict=True))
         longest += [max(count[text] for text in own) for own in texts]
@@ -291,21 +269,17 @@ def length_groups(rows, tokenizer, bounds=(64, 128, 256, 512), tokens=8192, grou
             batch = min(batch, size // processes)
             if not batch:
                 raise TutorialError(
-                    f"{size} rows above {bounds[number - 1]} tokens are too few: lower --bounds."
-                )
+                    f"{size} rows above {bounds[number - 1]} tokens are too few: lower --bounds.")
             found.append((bound, batch, size))
     return found, own
 
-
-# ---------------------------------------------------------------- the recipe
 
 MODEL = {"model": "minilm", "max_length": 512}
 KINDS = {  # what does it, and what it is given beside its own options
     "random": (random_negatives, {}),
     "hard": (mined, MODEL | {"corpus": ""}),
     "teacher": (teacher_scores, MODEL | {"instruction": "", "cross": False}),
-    "lengths": (length_groups, MODEL),
-}
+    "lengths": (length_groups, MODEL)}
 
 
 def defaults_of(kind):
@@ -326,36 +300,34 @@ def place(kind, data=None, **given):
 def make(kind, output=None, data=None, **given):
     """What a data step makes, a file or a folder of files; returns its path. kind: one of KINDS."""
     made = Path(output).resolve() / place(kind).name if output else place(kind, data, **given)
-    settings, negatives, folder = defaults_of(kind), kind in ("random", "hard"), None
+    settings, pairs = defaults_of(kind), None
     settings |= {name: value for name, value in given.items() if name in settings}
-    own = {name: settings.pop(name, None) for name in ("model", "max_length", "cross", "corpus")}
-    if negatives:
+    own = {name: value for name, value in settings.items() if name not in KINDS[kind][1]}
+    if kind in ("random", "hard"):
         pairs = texts_of.one_per_query(read_pairs(data) if data else tutorial_pairs()[0])
     else:
         found = check_file(data, group=2)
-    said = {"kind": kind, "source": sha256_of(data or TRAIN), **settings, **own}
-    said["corpus"] = own["corpus"] and sha256_of(own["corpus"])
-    if own["model"]:
-        folder = models.find_model(own["model"])
+    said = {"kind": kind, "source": sha256_of(data or TRAIN), **settings}
+    if "model" in settings:
+        folder, length = models.find_model(settings["model"]), settings["max_length"]
         said["model"] = fingerprint(folder)
+    if settings.get("corpus"):
+        said["corpus"] = sha256_of(settings["corpus"])
     if steps.open_step(made.parent, said):
         return made
     rows, filled = (row for _, row in read_rows(data)) if data else None, Counter()
     if kind == "random":
-        rows = random_negatives(pairs, **settings)
+        rows = random_negatives(pairs, **own)
     elif kind == "hard":
-        corpus, encoder = texts_of.read_corpus(own["corpus"]), models.load(folder, own["max_length"])
-        rows = mined(pairs, encoder, corpus=corpus, **settings)
+        corpus = texts_of.read_corpus(settings["corpus"])
+        rows = mined(pairs, models.load(folder, length), corpus=corpus, **own)
         rows = (filled.update(random_fill_ins=n) or row for row, n in rows)
     elif kind == "teacher":
-        instruction = settings.pop("instruction")
-        if own["cross"]:
-            score = cross_encoder(folder, own["max_length"])
-        else:
-            score = cosines(models.load(folder, own["max_length"]), instruction)
-        rows = teacher_scores(rows, score, **settings)
+        plain = not settings["cross"]
+        score = cosines(models.load(folder, length), settings["instruction"]) if plain else None
+        rows = teacher_scores(rows, score or cross_encoder(folder, length), **own)
     else:
-        groups, lengths = length_groups(rows, models.load(folder, own["max_length"]).tokenizer, **settings)
+        groups, lengths = length_groups(rows, models.load(folder, length).tokenizer, **own)
         for bound, batch, size in groups:
             print(f"up to {bound} tokens: {size:,} rows, {batch} queries per process and update")
             chosen = (row for n, (_, row) in enumerate(read_rows(data)) if lengths[n] == bound)
@@ -364,9 +336,7 @@ def make(kind, output=None, data=None, **given):
         return made
     write_pairs(made, rows)
     found = check_file(made, group=2, scores=kind == "teacher") | filled
-    print(
-        ", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in found.items() if value is not None)
-    )
+    print(", ".join(f"{name.replace('_', ' ')}: {n}" for name, n in found.items() if n is not None))
     steps.close_step(made.parent, found)
     return made
 
@@ -385,9 +355,8 @@ def main(words=None):
         text = "pairs, of notebook 01 otherwise" if kind in ("random", "hard") else "FlagEmbedding's lines"
         sub.add_argument("--data", type=Path, help=text, required=kind in ("teacher", "lengths"))
         for name, default in defaults_of(kind).items():
-            how = (
-                {"action": "store_true"} if default is False else {"type": type(default), "default": default}
-            )
+            how = {"default": default, "type": type(default)}
+            how = {"action": "store_true"} if default is False else how
             if isinstance(default, tuple):
                 how |= {"type": int, "nargs": 2 if name == "window" else "+"}
             sub.add_argument(f"--{name.replace('_', '-')}", help=f"otherwise {default}", **how)
@@ -396,7 +365,12 @@ def main(words=None):
         return make(**vars(args))
     found = check_file(args.data, args.group)
     print(f"{relative(args.data)}: {found['rows']:,} rows, all in order.")
-    return say_shared(found, args.batch) if found["shared"] else None
+    if found["shared"]:  # FlagEmbedding masks nothing
+        expected = found["shared"] * (args.batch / found["rows"]) ** 2
+        print(
+            f"{found['shared']:,} pairs of rows have a positive in common. Where two meet in a batch, a "
+            f"right answer counts as wrong: {expected:.2f} times in a batch of {args.batch}."
+        )
 
 
 if __name__ == "__main__":

@@ -16,20 +16,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from recipes import engine, steps  # noqa: E402
 
-PRESETS = {
-    "pocket": {  # the lengths, the batch and the temperature of notebook 01
-        "model": "minilm",
-        "batch": 80,
-        "words": "--num_train_epochs 2 --learning_rate 5e-5 --temperature 0.05 --query_max_len 128 "
-        "--passage_max_len 256 --sub_batch_size 8",
-    },
-    "full": {
-        "model": "bge-m3",
-        "batch": None,  # what fits
-        "words": "--num_train_epochs 5 --learning_rate 2e-5 --temperature 0.05 --query_max_len 512 "
-        "--passage_max_len 512 --dataloader_num_workers 2",
-    },
-}
+PRESETS = {  # (model, queries per update, FlagEmbedding's arguments); pocket: the values of notebook 01
+    "pocket": ("minilm", 80, "--num_train_epochs 2 --learning_rate 5e-5 --query_max_len 128 "
+               "--passage_max_len 256 --sub_batch_size 8"),
+    "full": ("bge-m3", None, "--num_train_epochs 5 --learning_rate 2e-5"),  # None: what fits
+}  # fmt: skip
 TAUGHT = "--train_group_size 4 --knowledge_distillation True --kd_loss_type kl_div"
 
 
@@ -41,12 +32,11 @@ def main(words=None):
     args, theirs = engine.parsed(parser, words)
     name, source, more = "dense", [("random", {"count": 10})], ""
     if args.hard or args.teacher:
-        name, source, more = "dense-hard", [("hard", {"count": 7})], " --train_group_size 2"
+        name, source, more = "dense-hard", [("hard", {"count": 7})], "--train_group_size 2"
     if args.teacher:
-        name, more = f"dense-taught-by-{steps.label(args.teacher)}", f" {TAUGHT}"
+        name, more = f"dense-taught-by-{steps.label(args.teacher)}", TAUGHT
         source += [("teacher", {"model": args.teacher})]
-    preset = PRESETS[args.scale]
-    return engine.recipe(args, theirs, "base", name, {**preset, "words": preset["words"] + more}, source)
+    return engine.recipe(args, theirs, "base", name, PRESETS, more, source)
 
 
 if __name__ == "__main__":

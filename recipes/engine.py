@@ -33,14 +33,12 @@ DEEPSPEED = ROOT / "recipes" / "deepspeed_stage1.json"
 # What all recipes begin with, as typed. transformers 5 has no --warmup_ratio: --warmup_steps takes a share.
 COMMON = """--lr_scheduler_type cosine --warmup_steps 0.1 --weight_decay 0.01 --max_grad_norm 1 --seed 42
     --normalize_embeddings True --train_group_size 1 --logging_steps 1 --report_to none --disable_tqdm True
-    --save_strategy steps --save_steps 200 --save_total_limit 2"""
+    --save_strategy steps --save_steps 200 --save_total_limit 2 --temperature 0.05"""
+SCALES = {"pocket": "", "full": "--query_max_len 512 --passage_max_len 512 --dataloader_num_workers 2"}
 OURS = {"model_name_or_path": "--model", "train_data": "--data", "output_dir": "--output"}
 # Bytes that a layer keeps for its backward pass per token and hidden unit (bf16 autocast, counted by
 # tests/test_recipes.py), and with gradient checkpointing; a weight with its gradient and AdamW's two moments.
-KEPT, KEPT_CHECKPOINTING, PER_WEIGHT = 74, 4, 16
-
-
-# ---------------------------------------------------------------- FlagEmbedding's arguments
+KEPT, KEPT_CHECKPOINTING, PER_WEIGHT = 44, 4, 16
 
 
 def options_of(words):
@@ -87,11 +85,7 @@ def fitting_batch(gigabytes, config, options):
         token += 3 * 2 * words
     query, passage = number(options, "query_max_len"), number(options, "passage_max_len")
     return int(
-        (0.85e9 * gigabytes - fixed) / (token * (query + number(options, "train_group_size") * passage))
-    )
-
-
-# ---------------------------------------------------------------- what the training recipes share
+        (0.85e9 * gigabytes - fixed) / (token * (query + number(options, "train_group_size") * passage)))
 
 
 def add_options(parser):
@@ -102,7 +96,6 @@ def add_options(parser):
     add("--data", type=Path, help="FlagEmbedding's lines, or a folder of data.py lengths; otherwise made")
     add("--output", type=Path, help="folder; otherwise one whose name tells runs apart")
     add("--processes", type=int, help="one per GPU; otherwise as many as there are, 2 on the CPU, 8 to print")
-    add("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="auto: the fast one")
     add(
         "--gpu-gb", type=float, help="memory of a GPU, which sets the full batch; otherwise this one's, or 80"
     )
@@ -120,51 +113,54 @@ def parsed(parser, words):
     return parser.parse_args(words[:cut]), words[cut + 1 :]
 
 
-def plan(args, theirs, kind, name, preset, source):
+def plan(args, theirs, kind, name, presets, more, source):
     """(processes, folder, FlagEmbedding's options) of a run.
 
-    preset: {"model", "batch": queries per update, "words": arguments as typed}. source: what makes the data
-    where --data names none, [(kind for `data.make`, options)]: each step works on what the last one made.
+    presets: {scale: (model, queries per update, arguments as typed)}; more: arguments of this variant.
+    source: what makes the data without --data, [(kind for `data.make`, options)], each from the last one's.
     """
+    model, queries, words = presets[args.scale]
+    model = args.model or model
     full = args.scale == "full"
     cpu = args.cpu or not (args.gpus or full)
     processes = args.processes or (2 if cpu else min(args.gpus, 8 if full else 2) or 8)
     told = options_of(theirs)
     for taken in OURS.keys() & told.keys():
         raise TutorialError(f"--{taken} is set by the recipe's own {OURS[taken]}: put it before the --.")
-    if not args.print:
-        models.find_model(args.model or preset["model"])  # downloaded where it is a published one
-    folder, pooling, config = models.described(args.model or preset["model"])
+    folder, pooling, config = models.described(model, fetch=not args.print)
     file = args.data.resolve() if args.data else None
     for step, settings in () if file else source:
         make = data.place if args.print else data.make
         file = make(step, **{"model": str(folder), "data": file, **settings})
-    precision = args.precision
-    if precision == "auto" and full and not args.gpus:
-        precision = "bf16"  # the GPUs that it is printed for are others; V100 and T4 want --precision fp16
-    elif precision == "auto":
+    precision = "bf16"  # of a line that is printed for other GPUs; V100 and T4: -- --bf16 False --fp16 True
+    if args.gpus or not full:
         precision = profiles.training_precision(profiles.PROFILES["pocket"], "cpu" if cpu else "cuda")
     own = {"model_name_or_path": folder, "train_data": file, "sentence_pooling_method": pooling}
     own |= {"deepspeed": DEEPSPEED} if args.deepspeed else {}
     switches = {"use_cpu": cpu, "negatives_cross_device": processes > 1, precision: precision != "fp32"}
     switches["same_dataset_within_batch"] = file.is_dir()
     own |= {switch: True for switch, on in switches.items() if on}
-    options = options_of(f"{COMMON} {preset['words']}") | {name: [str(v)] for name, v in own.items()} | told
+    options = {name: [str(value)] for name, value in own.items() if value}
+    options = options_of(f"{COMMON} {SCALES[args.scale]} {words} {more}") | options | told
+    if "sentence_pooling_method" not in options:
+        raise TutorialError(
+            f"{relative(folder)} has no 1_Pooling/config.json, which says how its vectors are made. Copy it "
+            "from the published model, or for a raw one: -- --sentence_pooling_method mean")
     if is_on(options, "same_dataset_within_batch"):  # otherwise FlagEmbedding puts "None" before every query
         options.setdefault("query_instruction_for_retrieval", [""])
     if full:
         here = torch.cuda.get_device_properties(0).total_memory / 1e9 if args.gpus else 80
         batch = fitting_batch(args.gpu_gb or here, config, options)
     else:
-        batch = preset["batch"] // processes
+        batch = queries // processes
     options.setdefault("per_device_train_batch_size", [str(batch)])
     if number(options, "per_device_train_batch_size") < 1:
         raise TutorialError("Not one query fits. Fewer --processes, a larger --gpu-gb, or shorter texts.")
     names = [name, *([steps.label(folder)] if full or args.model else [])]
     names += [steps.label(file)] if args.data else []
-    typed = [*theirs, args.processes or "", args.precision, args.cpu, args.deepspeed, args.gpu_gb or ""]
-    if typed != ["", "auto", False, False, ""]:
-        names.append(files.text_key([str(value) for value in typed])[:4])
+    ours = (args.processes, args.cpu, args.deepspeed, args.gpu_gb)
+    typed = [*theirs, *(str(value or "") for value in ours)]
+    names += [files.text_key(typed)[:4]] if any(typed) else []
     return processes, (args.output or steps.OUTPUT / "-".join(names)).resolve(), options
 
 
@@ -180,9 +176,6 @@ def recipe(args, *settings):
     words = [settings[1], str(processes), str(folder), *words_of(options)]
     print(shlex.join([sys.executable, str(Path(__file__).resolve()), *words]), flush=True)
     return None if args.print else main(words)
-
-
-# ---------------------------------------------------------------- before the run
 
 
 def data_files(options):
@@ -201,8 +194,7 @@ def require(processes, options, folder, base):
         raise TutorialError(f"{processes} processes, but {gpus} GPUs here. Lower --processes, or add --cpu.")
     if "deepspeed" in options and importlib.util.find_spec("deepspeed") is None:
         raise TutorialError(
-            "DeepSpeed is not installed here. Remedy: pip install deepspeed, or run without --deepspeed."
-        )
+            "DeepSpeed is not installed here. Remedy: pip install deepspeed, or run without --deepspeed.")
     group, scores = number(options, "train_group_size", 8), is_on(options, "knowledge_distillation")
     found = {file: data.check_file(file, group, scores) for file in data_files(options)}
     batch = int(number(options, "per_device_train_batch_size", 8))
@@ -214,8 +206,7 @@ def require(processes, options, folder, base):
         if rows < batch * processes:
             raise TutorialError(
                 f"{relative(file)} has {rows} rows, fewer than one batch of {batch * processes}. "
-                "Lower --per_device_train_batch_size, or the batch_size in the rows of a length group."
-            )
+                "Lower --per_device_train_batch_size, or the batch_size in the rows of a length group.")
     size = encoder.weights_file(base).stat().st_size
     require_run_space(folder, size, 2 * size, keep=2)
 
@@ -230,12 +221,8 @@ def cut_off(folder, processes):
     done = max((int(line.split()[1]) for line in lines if line.startswith(PROGRESS)), default=0)
     if done:
         print(
-            f"It was cut off after update {done}. It goes on from update {last}: {done - last} are repeated."
-        )
+            f"It was cut off after update {done}. It goes on from update {last}: {done - last} are repeated.")
     return marks[last].parent if last else None
-
-
-# ---------------------------------------------------------------- launch and check
 
 
 def launch(kind, words, folder, processes):
@@ -283,8 +270,7 @@ def check_ranks(reports, processes):
     missing = [n for n, place in enumerate(places) if not place.exists()]
     if missing:
         raise TutorialError(
-            f"Processes {missing} of {processes} left no report in {relative(reports)}: see train.log there."
-        )
+            f"Processes {missing} of {processes} left no report in {relative(reports)}: see train.log there.")
     found = [read_json(place) for place in places]
     first, sizes = found[0], [report["group_size"] for report in found]
     alone, hint = set(sizes) != {processes}, "On the CPU, --use_cpu is missing."
@@ -299,14 +285,10 @@ def check_ranks(reports, processes):
          f"knows only the data of the first process. {hint}"),
         (first.get("not_finite"), f"Parameters are not finite after training: {first.get('not_finite')}. "
          "Lower the learning rate, or train in bf16 rather than fp16."),
-        (first.get("after") == first.get("before"), "Training changed no parameter. Look at train.log."),
-    ):  # fmt: skip
+        (first.get("after") == first.get("before"), "Training changed no parameter. Look at train.log.")):
         if wrong:
             raise TutorialError(why)
     return first
-
-
-# ---------------------------------------------------------------- the finished model
 
 
 def finish_model(work, base, target, pooling):
@@ -333,16 +315,14 @@ def run(kind, processes, folder, options):
     base, work, reports = (
         models.find_model(options["model_name_or_path"][0]),
         folder / "work",
-        folder / "reports",
-    )
+        folder / "reports")
     require(processes, options, folder, base)
     settings = {
         **{name: values for name, values in options.items() if name not in OURS},
         "engine": kind,
         "processes": processes,
         "model": encoder.fingerprint(base),
-        "data": files.text_key([files.sha256_of(file) for file in data_files(options)]),
-    }
+        "data": files.text_key([files.sha256_of(file) for file in data_files(options)])}
     found = steps.open_step(folder, settings, keep=("work", "train.log"))
     if found:
         return found
@@ -354,23 +334,21 @@ def run(kind, processes, folder, options):
     report = check_ranks(reports, processes)
     print(
         f"All {processes} processes trained as one group and ended with the same parameters "
-        f"({report['after'][:12]}): {report['steps']} updates, {report['seconds']:.0f} s."
-    )
+        f"({report['after'][:12]}): {report['steps']} updates, {report['seconds']:.0f} s.")
     finish_model(work, base, folder / "model", options["sentence_pooling_method"][0])
     for name in (work, folder / "cache"):
         shutil.rmtree(name)
     losses = [loss for loss in report["losses"] if math.isfinite(loss)]
     found = {
         "processes": processes,
-        "precision": next((kind for kind in ("bf16", "fp16") if is_on(options, kind)), "fp32"),
         "updates": report["steps"],
-        "passages_per_update": processes * report["passages"],
-        "seconds": round(report["seconds"], 1),
-        "cpu_seconds_of_one_process": round(report["cpu_seconds"], 1),
-        "peak_memory_gb_of_one_process": round(report["peak_memory_gb"], 2),
         "losses": losses,
-        "checksum": report["after"],
-    }
+        "checksum": report["after"]}
+    found |= {
+        "precision": next((kind for kind in ("bf16", "fp16") if is_on(options, kind)), "fp32"),
+        "passages_per_update": processes * report["passages"],
+        "cpu_seconds_of_one_process": round(report["cpu_seconds"], 1),
+        "peak_memory_gb_of_one_process": round(report["peak_memory_gb"], 2)}
     return steps.close_step(folder, found)
 
 

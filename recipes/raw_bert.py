@@ -7,6 +7,7 @@
 The question: do more random negatives help? Every number of them gets about 204 passages an update and as
 many updates: more negatives per query are fewer queries. At pocket scale bert-base-uncased's place is taken
 by a small BERT with random weights that is made here: it has not learned language, so expect little of it.
+The real one: hf download google-bert/bert-base-uncased --local-dir models/bert-base-uncased
 """
 
 import sys
@@ -16,13 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from recipes import engine, models, steps  # noqa: E402
 
 SMALL = steps.OUTPUT / "small-bert"
-PASSAGES = 204  # an update: 204 queries with none, 18 with 10, 4 with 50 negatives
-PRESETS = {
-    "pocket": "--max_steps 40 --learning_rate 1e-3 --temperature 0.05 --query_max_len 48 "
-    "--passage_max_len 64",
-    "full": "--num_train_epochs 3 --learning_rate 2e-5 --temperature 0.05 --query_max_len 128 "
-    "--passage_max_len 512 --dataloader_num_workers 2",
-}
+PRESETS = {  # (model, queries per update with no negatives, FlagEmbedding's arguments)
+    "pocket": (str(SMALL), 204,
+               "--max_steps 40 --learning_rate 1e-3 --query_max_len 48 --passage_max_len 64"),
+    "full": ("bert-base-uncased", None, "--num_train_epochs 3 --learning_rate 2e-5 --query_max_len 128")}
 
 
 def main(words=None):
@@ -30,14 +28,13 @@ def main(words=None):
     engine.add_options(parser)
     parser.add_argument("--negatives", type=int, default=10, help="random negatives per query")
     args, theirs = engine.parsed(parser, words)
-    model = str(SMALL) if args.scale == "pocket" else "bert-base-uncased"
-    if model == str(SMALL) and not (args.model or (SMALL / "model.safetensors").exists()):
+    if args.scale == "pocket" and not (args.model or (SMALL / "model.safetensors").exists()):
         models.small_bert(SMALL)
-    group = args.negatives + 1
-    words = f"{PRESETS[args.scale]} --train_group_size {group}"
-    preset = {"model": model, "batch": PASSAGES // group, "words": words}
+    group, (model, passages, options) = args.negatives + 1, PRESETS[args.scale]
+    presets = {args.scale: (model, passages and passages // group, options)}
+    more = f"--train_group_size {group} --sentence_pooling_method mean"
     source = [("random", {"count": max(1, args.negatives)})]
-    return engine.recipe(args, theirs, "base", f"raw-bert-{args.negatives}", preset, source)
+    return engine.recipe(args, theirs, "base", f"raw-bert-{args.negatives}", presets, more, source)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from embedding_tutorial import finetune, pairs  # noqa: E402
-from embedding_tutorial.files import ROOT, atomic_file, read_json, relative, text_key, write_json  # noqa: E402
+from embedding_tutorial import files, finetune, pairs  # noqa: E402
+from embedding_tutorial.files import ROOT, atomic_file, read_json, relative, write_json  # noqa: E402
 from embedding_tutorial.reports import shortened  # noqa: E402
-from recipes import compare, data, dense, engine, models, raw_bert, steps, unified  # noqa: E402
+from recipes import compare, data, dense, raw_bert, steps, unified  # noqa: E402
 
 NOTEBOOK = ROOT / "models" / "MiniLM-finetuned" / "merged"
 RESULTS, README = ROOT / "recipes" / "results.json", ROOT / "recipes" / "README.md"
@@ -28,60 +28,43 @@ END = "<!-- end -->"
 OUT, DATA = "recipes/output", "recipes/output/data"
 RANDOM, HARD, TAUGHT = (f"{DATA}/{name}/train.jsonl" for name in ("random-10", "hard-7-dense", "taught"))
 DENSE, DENSE_HARD = f"{OUT}/dense/model", f"{OUT}/dense-hard/model"
-RUNS = [  # (name in the table, its folder, the recipe, its arguments before and after "--")
-    ("dense", "dense", dense, "", ""),
-    ("dense, then hard negatives", "dense-hard", dense, f"--hard --model {DENSE} --data {HARD}", "--num_train_epochs 1"),
-    ("dense, taught", "dense-taught", dense, f"--teacher {DENSE_HARD} --data {TAUGHT}", "--num_train_epochs 1"),
-    ("MRL", "dense-mrl", dense, "", "--use_mrl True --mrl_dims 64 128 384"),
-    ("dense, in length groups", "dense-lengths", dense, f"--data {DATA}/lengths/groups", ""),
-    ("unified, plain", "unified-plain", unified, f"--plain --data {HARD}", ""),
-    ("unified, self-distilled", "unified", unified, f"--data {HARD}", ""),
-    ("unified, taught", "unified-taught", unified, f"--teacher {DENSE_HARD} --data {TAUGHT}", ""),
-    *((f"small BERT, {n or 'no'} negatives", f"raw-bert-{n}", raw_bert, f"--negatives {n}", "") for n in (0, 10, 50)),
-]  # fmt: skip
+ONCE = "--num_train_epochs 1"
+RUNS = [  # (name in the table, folder, what it is compared with, recipe, its arguments, those behind "--")
+    ("dense", "dense", "MiniLM, ready-made", dense, "", ""),
+    ("dense, then hard negatives", "dense-hard", "dense", dense,
+     f"--hard --model {DENSE} --data {HARD}", ONCE),
+    ("dense, taught", "dense-taught", "MiniLM, ready-made", dense,
+     f"--teacher {DENSE_HARD} --data {TAUGHT}", ONCE),
+    ("MRL", "dense-mrl", "dense", dense, "", "--use_mrl True --mrl_dims 64 128 384"),
+    ("dense, in length groups", "dense-lengths", "dense", dense, f"--data {DATA}/lengths/groups", ""),
+    ("unified, plain", "unified-plain", "unified, before", unified, f"--plain --data {HARD}", ""),
+    ("unified, self-distilled", "unified", "unified, plain", unified, f"--data {HARD}", ""),
+    ("unified, taught", "unified-taught", "unified, self-distilled", unified,
+     f"--teacher {DENSE_HARD} --data {TAUGHT}", ""),
+    ("small BERT, no negatives", "raw-bert-0", "small BERT, before", raw_bert, "--negatives 0", ""),
+    ("small BERT, 10 negatives", "raw-bert-10", "small BERT, no negatives", raw_bert, "--negatives 10", ""),
+    ("small BERT, 50 negatives", "raw-bert-50", "small BERT, 10 negatives", raw_bert, "--negatives 50", "")]
 BEFORE = {  # what has to be there before a run: arguments of data.py
     "dense": "random --count 10",
     "dense-hard": f"hard --model {DENSE}",
     "dense-taught": f"teacher --data {HARD} --model {DENSE_HARD} --output {DATA}/taught",
-    "dense-lengths": f"lengths --data {RANDOM} --output {DATA}/lengths --bounds 48 96 256 --tokens 4096",
-}
+    "dense-lengths": f"lengths --data {RANDOM} --output {DATA}/lengths --bounds 48 96 256 --tokens 4096"}
 MODELS = {  # name in the table: model
     "MiniLM, ready-made": "minilm",
     "unified, before": f"{OUT}/minilm-m3",
     "small BERT, before": f"{OUT}/small-bert",
     **{name: f"{OUT}/{folder}/model" for name, folder, *_ in RUNS},
     "dense, 64 of 384 dimensions": f"{DENSE}@64",
-    "MRL, 64 of 384 dimensions": f"{OUT}/dense-mrl/model@64",
-}
-UNIFIED = {
-    "Unified training": ("unified, before", "unified, plain"),
-    "Self-distillation": ("unified, plain", "unified, self-distilled"),
-    "A teacher instead of self-distillation": ("unified, self-distilled", "unified, taught"),
-}
-QUESTIONS = [  # (question, row before, row after): names, or (name, mode)
-    ("FlagEmbedding (2 epochs) instead of notebook 01 (10 epochs, merged halfway)", "notebook 01", "dense"),
-    ("Training at all (dense)", "MiniLM, ready-made", "dense"),
-    ("A second stage with mined negatives", "dense", "dense, then hard negatives"),
-    ("Taught by that one, one epoch", "MiniLM, ready-made", "dense, taught"),
-    ("Length groups instead of mixed batches", "dense", "dense, in length groups"),
-    ("MRL, all dimensions", "dense", "MRL"),
-    ("MRL, 64 dimensions", "dense, 64 of 384 dimensions", "MRL, 64 of 384 dimensions"),
-    *(
-        (f"{question}, {mode}", *((name, mode) for name in names))
-        for question, names in UNIFIED.items()
-        for mode in ("dense", "sparse", "ColBERT", "weighted sum")
-    ),
-    ("The weighted sum instead of dense alone", "unified, plain", ("unified, plain", "weighted sum")),
-    ("Raw BERT: in-batch negatives alone", "small BERT, before", "small BERT, no negatives"),
-    ("Raw BERT: 10 random negatives instead of none", "small BERT, no negatives", "small BERT, 10 negatives"),
-    ("Raw BERT: 50 instead of 10", "small BERT, 10 negatives", "small BERT, 50 negatives"),
-    ("Raw BERT instead of the ready-made model", "MiniLM, ready-made", "small BERT, no negatives"),
-]
+    "MRL, 64 of 384 dimensions": f"{OUT}/dense-mrl/model@64"}
+PAIRS = [(before, name) for name, _, before, *_ in RUNS] + [  # (before, after): each mode that both have
+    ("notebook 01", "dense"),
+    ("dense, 64 of 384 dimensions", "MRL, 64 of 384 dimensions"),
+    ("MiniLM, ready-made", "small BERT, no negatives")]
 
 
 def commands():
     """(recipe, its arguments) of all steps, as they could be typed one by one."""
-    for _, folder, recipe, ours, theirs in RUNS:
+    for _, folder, _, recipe, ours, theirs in RUNS:
         if folder in BEFORE:
             yield data, BEFORE[folder]
         yield recipe, f"{ours} --output {OUT}/{folder}{theirs and f' -- {theirs}'}"
@@ -90,34 +73,28 @@ def commands():
 def notebook_model():
     """The folder of notebook 01's own result, or None with a message."""
     parts = data.tutorial_pairs()
-    key = text_key([json.dumps(pair, sort_keys=True) for part in parts for pair in part])
-    if not NOTEBOOK.exists():
-        print(f"{relative(NOTEBOOK)} is not there: no row of notebook 01. Run it in the pocket profile.")
-    elif read_json(NOTEBOOK.parent / "config.json")["data"] != key:
-        print(f"{relative(NOTEBOOK)} was trained on other pairs than these: not compared.")
-    else:
+    key = files.text_key([json.dumps(pair, sort_keys=True) for part in parts for pair in part])
+    if NOTEBOOK.exists() and read_json(NOTEBOOK.parent / "config.json")["data"] == key:
         return NOTEBOOK
+    print(f"{relative(NOTEBOOK)}, trained on these pairs, is not there: run notebook 01 (pocket profile).")
 
 
 def findings(rows):
-    """One sentence for each question whose two rows exist, from the reciprocal ranks of the same queries."""
+    """One sentence for each of PAIRS and each mode, from the reciprocal ranks of the same queries."""
     ranks, found = {(row["name"], row["mode"]): np.asarray(row["ranks"]) for row in rows}, []
-    for question, *sides in QUESTIONS:
-        before, after = (side if isinstance(side, tuple) else (side, "dense") for side in sides)
-        if before in ranks and after in ranks:
-            old, new = 1 / ranks[before], 1 / ranks[after]
-            mean, low, high = finetune.bootstrap_interval(new - old)
-            p = finetune.sign_flip_test(new - old)
-            verdict = "better" if mean > 0 else "worse"
-            verdict = verdict if p < 0.05 else "no difference that these queries can show"
-            found.append(
-                f"{question}: MRR {old.mean():.3f} → {new.mean():.3f}, "
-                f"{mean:+.3f} [{low:+.3f}, {high:+.3f}], p = {p:.4f}: {verdict}."
-            )
+    for before, after in PAIRS:
+        for mode in ("dense", "sparse", "ColBERT", "weighted sum"):
+            if (before, mode) in ranks and (after, mode) in ranks:
+                old, new = 1 / ranks[before, mode], 1 / ranks[after, mode]
+                (mean, low, high), p = (
+                    finetune.bootstrap_interval(new - old),
+                    finetune.sign_flip_test(new - old))
+                verdict = "better" if mean > 0 else "worse"
+                found.append(
+                    f"{before} → {after} ({mode}): MRR {old.mean():.3f} → {new.mean():.3f}, {mean:+.3f} "
+                    f"[{low:+.3f}, {high:+.3f}], p = {p:.4f}: "
+                    f"{verdict if p < 0.05 else 'no difference that these queries can show'}.")
     return found
-
-
-# ---------------------------------------------------------------- the marked parts of the README
 
 
 def markdown(header, rows):
@@ -134,8 +111,7 @@ def example(results):
     cells = [
         ("query", row["query"]),
         *(("pos", text) for text in row["pos"]),
-        *(("neg", t) for t in row["neg"][:3]),
-    ]
+        *(("neg", t) for t in row["neg"][:3])]
     table = markdown(("field", "text"), [(name, f"`{one_line(text)}`") for name, text in cells])
     return f"{table}\n\nand {len(row['neg']) - 3} negatives more."
 
@@ -153,8 +129,7 @@ def negatives(results):
         "negatives in the row",
         "queries an update",
         "passages an update",
-        "each query is compared with",
-    )
+        "each query is compared with")
     return markdown((*header, "updates", "CPU s", "MRR"), cells)
 
 
@@ -169,12 +144,6 @@ def search(results):
     return f"“{one_line(found['query'], 200)}”\n\n{table}"
 
 
-def batches(results):
-    """How many queries fit, by count."""
-    header = ("recipe", "GPU", "gradient checkpointing", "queries per GPU", "negatives of each on 8")
-    return markdown(header, results["batches"])
-
-
 def report(results):
     """The long table, the runs and the findings."""
     header = (
@@ -185,14 +154,12 @@ def report(results):
         "CPU s of one",
         "whole step, s",
         "GB of one",
-        "loss",
-    )
+        "loss")
     runs = [
         (name, run["precision"], run["processes"], run["updates"], f"{run['cpu_seconds_of_one_process']:.0f}",
          f"{run['wall_seconds']:.0f}", f"{run['peak_memory_gb_of_one_process']:.1f}",
          f"{run['first_loss']:.2f} → {run['last_loss']:.2f}")
-        for name, run in results["runs"].items()
-    ]  # fmt: skip
+        for name, run in results["runs"].items()]
     return "\n".join(
         [
             f"{results['queries']} validation queries, each against {results['passages']} codes; 95 % "
@@ -207,12 +174,10 @@ def report(results):
             "",
             "What these numbers say, and no more:",
             "",
-            *(f"- {line}" for line in results["findings"]),
-        ]
-    )
+            *(f"- {line}" for line in results["findings"])])
 
 
-PARTS = {"row": example, "negatives": negatives, "search": search, "batches": batches, "results": report}
+PARTS = {"row": example, "negatives": negatives, "search": search, "results": report}
 
 
 def write_part(name, text, path):
@@ -245,25 +210,8 @@ def searched(rows):
     passages = pairs.passages_of([*asked, *train])
     found = {
         side: compare.top(model, pair["query"], passages)
-        for side, model in (("before", "minilm"), ("after", DENSE))
-    }
+        for side, model in (("before", "minilm"), ("after", DENSE))}
     return {"query": pair["query"], "right": pair["pos_doc"], **found}
-
-
-def fitting():
-    """Rows of `batches`: BGE-M3 with the full presets, every text as long as it may be."""
-    rows, config = [], models.ABSENT["bge-m3"][1]
-    for name, preset in (("dense", dense.PRESETS["full"]), ("unified", unified.PRESETS["full"])):
-        for size in (24, 80):
-            for once in ("no", "yes"):
-                words = f"{engine.COMMON} {preset['words']} --gradient_checkpointing {once == 'yes'}"
-                options = engine.options_of(words)
-                batch, group = (
-                    engine.fitting_batch(size, config, options),
-                    int(options["train_group_size"][0]),
-                )
-                rows.append((name, f"{size} GB", once, max(batch, 0), max(8 * batch * group - 1, 0)))
-    return rows
 
 
 def collect():
@@ -271,8 +219,7 @@ def collect():
     done = {
         path.parent.relative_to(steps.OUTPUT).as_posix(): read_json(path)
         for path in steps.OUTPUT.rglob("done.json")
-        if ".previous" not in str(path)
-    }
+        if ".previous" not in str(path)}
     results = read_json(steps.OUTPUT / "comparison" / "results.json")
     results |= {
         "scale": "pocket",
@@ -282,13 +229,10 @@ def collect():
         "runs": {
             name: {key: value for key, value in done[name].items() if key != "losses"}
             | {"first_loss": done[name]["losses"][0], "last_loss": done[name]["losses"][-1]}
-            for _, name, *_ in RUNS
-        },
+            for _, name, *_ in RUNS},
         "findings": findings(results["rows"]),
         "row": json.loads((ROOT / RANDOM).open(encoding="utf-8").readline()),
-        "search": searched(results["rows"]),
-        "batches": fitting(),
-    }
+        "search": searched(results["rows"])}
     write_json(RESULTS, results)
     compare.figure(results, FIGURE)
     for name, part in PARTS.items():
@@ -296,8 +240,7 @@ def collect():
     print("\n".join(results["findings"]))
     print(
         f"Written: {relative(RESULTS)}, {relative(README)}, {relative(FIGURE)}"
-        f" ({results['wall_seconds']:.0f} s in all)"
-    )
+        f" ({results['wall_seconds']:.0f} s in all)")
 
 
 if __name__ == "__main__":

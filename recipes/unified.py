@@ -17,20 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from recipes import data, engine, models, steps  # noqa: E402
 
 BASE = steps.OUTPUT / "minilm-m3"
-COMMON = " --unified_finetuning True --fix_position_embedding True --train_group_size 2"
-PRESETS = {
-    "pocket": {
-        "model": str(BASE),
-        "batch": 32,
-        "words": "--num_train_epochs 1 --learning_rate 5e-5 --temperature 0.05 --query_max_len 64 "
-        "--passage_max_len 96" + COMMON,
-    },
-    "full": {
-        "model": "bge-m3",
-        "batch": None,
-        "words": "--num_train_epochs 2 --learning_rate 1e-5 --temperature 0.02 --query_max_len 512 "
-        "--passage_max_len 512 --dataloader_num_workers 2" + COMMON,
-    },
+COMMON = "--unified_finetuning True --fix_position_embedding True --train_group_size 2"
+PRESETS = {  # (model, queries per update, FlagEmbedding's arguments)
+    "pocket": (str(BASE), 32, "--num_train_epochs 1 --query_max_len 64 --passage_max_len 96"),
+    "full": ("bge-m3", None, "--num_train_epochs 2 --learning_rate 1e-5 --temperature 0.02"),
 }
 
 
@@ -43,17 +33,13 @@ def main(words=None):
     if args.scale == "pocket" and not args.model:
         pocket_base()
     name, source = "unified", [("hard", {"count": 7})]
-    more = " --use_self_distill True --self_distill_start_step 5"
+    more = "--use_self_distill True --self_distill_start_step 5"
     if args.teacher:
-        name, source = (
-            f"unified-taught-by-{steps.label(args.teacher)}",
-            [*source, ("teacher", {"model": args.teacher})],
-        )
-        more = " --knowledge_distillation True --kd_loss_type m3_kd_loss"
+        name, more = f"unified-taught-by-{steps.label(args.teacher)}", "--knowledge_distillation True"
+        source, more = [*source, ("teacher", {"model": args.teacher})], f"{more} --kd_loss_type m3_kd_loss"
     elif args.plain:
         name, more = "unified-plain", ""
-    preset = PRESETS[args.scale]
-    return engine.recipe(args, theirs, "m3", name, {**preset, "words": preset["words"] + more}, source)
+    return engine.recipe(args, theirs, "m3", name, PRESETS, f"{COMMON} {more}", source)
 
 
 def pocket_base():

@@ -114,12 +114,13 @@ def several(mode, folder, batch, processes, place, mended=True):
 def main(dense, m3, folder):
     torch.set_num_threads(1)
     found = {}
-    for mode, model in (("dense", dense), ("dense, taught", dense), ("unified", m3), ("unmended", dense)):
+    modes = {"dense": dense, "dense, taught": dense, "unified": m3, "unmended": dense}
+    for mode, model in modes.items():
         vocabulary = json.loads((Path(model) / "config.json").read_text())["vocab_size"]
         scores = TEACHER.flatten().tolist() if mode == "dense, taught" else None
         batch = inputs(1, QUERIES, vocabulary), inputs(2, QUERIES * GROUP, vocabulary), scores
         kind, mended = (mode, True) if mode != "unmended" else ("dense", False)
-        for processes in (2, 3):  # before anything is computed here: a fork after that may hang
+        for processes in (2, 3) if mended else (3,):  # before anything is computed here: a fork might hang
             place = Path(folder) / f"{mode}-{processes}"
             found[mode, processes] = several(kind, model, batch, processes, place, mended), kind, model, batch
     result = {}

