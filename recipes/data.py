@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from embedding_tutorial import pairs as texts_of  # noqa: E402
@@ -88,9 +87,10 @@ def vectors(encoder, texts):
     """Unit vectors (n, dims) on the machine's own device: float32, for many texts float16."""
     encoder, found = encoder.to(profiles.device_of_this_machine()).eval(), None
     many = len(texts) > EXACT
-    for start in tqdm(range(0, len(texts), BLOCK), desc="embedding", file=sys.stdout):
+    for start in range(0, len(texts), BLOCK):
+        part, shown = texts[start : start + BLOCK], len(texts) > 1000
         with torch.no_grad():
-            part = embed(encoder, texts[start : start + BLOCK], token_budget=4096).float().cpu().numpy()
+            part = embed(encoder, part, token_budget=4096, progress=shown).float().cpu().numpy()
         if found is None:
             found = np.empty((len(texts), part.shape[1]), np.float16 if many else np.float32)
         found[start : start + BLOCK] = part

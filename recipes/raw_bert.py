@@ -19,7 +19,7 @@ from recipes import engine, models, steps  # noqa: E402
 SMALL = steps.OUTPUT / "small-bert"
 PRESETS = {  # (model, queries per update with no negatives, FlagEmbedding's arguments)
     "pocket": (str(SMALL), 204,
-               "--max_steps 40 --learning_rate 1e-3 --query_max_len 48 --passage_max_len 64"),
+               "--max_steps 30 --learning_rate 1e-3 --query_max_len 48 --passage_max_len 64"),
     "full": ("bert-base-uncased", None, "--num_train_epochs 3 --learning_rate 2e-5 --query_max_len 128")}
 
 

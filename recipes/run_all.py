@@ -28,13 +28,12 @@ END = "<!-- end -->"
 OUT, DATA = "recipes/output", "recipes/output/data"
 RANDOM, HARD, TAUGHT = (f"{DATA}/{name}/train.jsonl" for name in ("random-10", "hard-7-dense", "taught"))
 DENSE, DENSE_HARD = f"{OUT}/dense/model", f"{OUT}/dense-hard/model"
-ONCE = "--num_train_epochs 1"
 RUNS = [  # (name in the table, folder, what it is compared with, recipe, its arguments, those behind "--")
     ("dense", "dense", "MiniLM, ready-made", dense, "", ""),
     ("dense, then hard negatives", "dense-hard", "dense", dense,
-     f"--hard --model {DENSE} --data {HARD}", ONCE),
+     f"--hard --model {DENSE} --data {HARD}", ""),
     ("dense, taught", "dense-taught", "MiniLM, ready-made", dense,
-     f"--teacher {DENSE_HARD} --data {TAUGHT}", ONCE),
+     f"--teacher {DENSE_HARD} --data {TAUGHT}", "--train_group_size 2"),
     ("MRL", "dense-mrl", "dense", dense, "", "--use_mrl True --mrl_dims 64 128 384"),
     ("dense, in length groups", "dense-lengths", "dense", dense, f"--data {DATA}/lengths/groups", ""),
     ("unified, plain", "unified-plain", "unified, before", unified, f"--plain --data {HARD}", ""),

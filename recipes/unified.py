@@ -1,6 +1,6 @@
 """Recipe 3, BGE-M3 unified: dense, sparse and ColBERT vectors from one model, trained together.
 
-    python recipes/unified.py                          # self-distillation from update 5 on
+    python recipes/unified.py                          # with self-distillation
     python recipes/unified.py --plain                  # without it: what does it give?
     python recipes/unified.py --teacher FOLDER         # knowledge distillation from an embedding model
     python recipes/unified.py --scale full --print     # the line for BGE-M3 on 8 GPUs
@@ -19,8 +19,10 @@ from recipes import data, engine, models, steps  # noqa: E402
 BASE = steps.OUTPUT / "minilm-m3"
 COMMON = "--unified_finetuning True --fix_position_embedding True --train_group_size 2"
 PRESETS = {  # (model, queries per update, FlagEmbedding's arguments)
-    "pocket": (str(BASE), 32, "--num_train_epochs 1 --query_max_len 64 --passage_max_len 96"),
-    "full": ("bge-m3", None, "--num_train_epochs 2 --learning_rate 1e-5 --temperature 0.02"),
+    "pocket": (str(BASE), 32, "--max_steps 8 --query_max_len 48 --passage_max_len 64 "
+               "--self_distill_start_step 2"),
+    "full": ("bge-m3", None, "--num_train_epochs 2 --learning_rate 1e-5 --temperature 0.02 "
+             "--self_distill_start_step 5"),
 }
 
 
@@ -33,7 +35,7 @@ def main(words=None):
     if args.scale == "pocket" and not args.model:
         pocket_base()
     name, source = "unified", [("hard", {"count": 7})]
-    more = "--use_self_distill True --self_distill_start_step 5"
+    more = "--use_self_distill True"
     if args.teacher:
         name, more = f"unified-taught-by-{steps.label(args.teacher)}", "--knowledge_distillation True"
         source, more = [*source, ("teacher", {"model": args.teacher})], f"{more} --kd_loss_type m3_kd_loss"

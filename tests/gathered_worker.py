@@ -113,6 +113,8 @@ def several(mode, folder, batch, processes, place, mended=True):
 
 def main(dense, m3, folder):
     torch.set_num_threads(1)
+    for engine in ("base", "m3"):
+        part_of(engine, "Runner")  # imported once, not in every process
     found = {}
     modes = {"dense": dense, "dense, taught": dense, "unified": m3, "unmended": dense}
     for mode, model in modes.items():
