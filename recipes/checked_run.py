@@ -1,13 +1,12 @@
-"""What each process of `torchrun` runs: FlagEmbedding's own runner, and a report that can be checked.
+"""What each process of `torchrun` runs: FlagEmbedding's own runner, mended where it is wrong, and a report.
 
-    torchrun --nproc_per_node 2 -m recipes.checked_run base|m3 REPORTS [FlagEmbedding's arguments]
+    torchrun --nproc_per_node 2 recipes/checked_run.py base|m3 REPORTS [FlagEmbedding's arguments]
 
-With more than one CPU process and no `--use_cpu`, FlagEmbedding ends with status 0 although every
-process trained alone. A checksum of the parameters does not show it: processes that train alone on the
-*same* rows from the same seed agree. torch.distributed does not show it either: it may know a group that
-the trainer does not use. So each process writes `REPORTS/rank-N.json` with the size of the group that it
-trained in, a checksum of its first batch and one of its parameters, and `engine.check_ranks` compares
-them. A process that finds itself alone stops before the first step.
+`engine.py` starts it. With more than one CPU process and no `--use_cpu`, FlagEmbedding ends with status 0
+although every process trained alone. A checksum of the parameters does not show it: processes that train
+alone on the *same* rows from the same seed agree. torch.distributed does not show it either: it may know a
+group that the trainer does not use. So each process writes `REPORTS/rank-N.json`: the size of its group, a
+checksum of its first batch and of its parameters; `engine.check_ranks` compares. One that is alone stops.
 """
 
 import hashlib
@@ -19,12 +18,106 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from transformers import HfArgumentParser, TrainerCallback
 
-from embedding_tutorial.files import write_json
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from embedding_tutorial.encoder import HEAD_FILES  # noqa: E402
+from embedding_tutorial.files import write_json  # noqa: E402
 
 PREFIX = {"base": "EncoderOnlyEmbedder", "m3": "EncoderOnlyEmbedderM3"}
-PROGRESS = "progress:"
+PROGRESS, WHOLE = "progress:", "whole"  # the start of a line of progress; the mark of a complete checkpoint
+
+
+def part_of(engine, kind):
+    """FlagEmbedding's class of an engine, such as "Runner" or "TrainingArguments"."""
+    package = importlib.import_module(f"FlagEmbedding.finetune.embedder.encoder_only.{engine}")
+    return getattr(package, PREFIX[engine] + kind)
+
+
+def arguments_of(engine, words):
+    """(model, data, training arguments), read by FlagEmbedding's own parser."""
+    kinds = ("ModelArguments", "DataArguments", "TrainingArguments")
+    return HfArgumentParser([part_of(engine, kind) for kind in kinds]).parse_args_into_dataclasses(words)
+
+
+class Gathered(torch.autograd.Function):
+    """Vectors (n, d) → those of all processes; each process gets the gradient that all have for its own.
+
+    FlagEmbedding gathers without a gradient: each process has that of its own share, DDP averages, and the
+    gradient is divided by the number of processes. In unified training it is so for one of the terms only.
+    """
+
+    @staticmethod
+    def forward(ctx, own):
+        ctx.rows = len(own)
+        parts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, own.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(gradient)
+        return gradient.split(ctx.rows)[torch.distributed.get_rank()]
+
+
+def in_fp32(score):
+    """A score function without autocast: bf16 has 8 bits, and a cosine's rounding is divided by tau."""
+
+    def exact(q, p, *args, **kwargs):
+        with torch.autocast(q.device.type, enabled=False):
+            return score(q.float(), p.float(), *args, **kwargs)
+
+    return exact
+
+
+def mend(model):
+    """Mend the gathering and the scores of one of FlagEmbedding's models, in place."""
+    model._dist_gather_tensor = Gathered.apply
+    names = ("compute_dense_score", "compute_sparse_score", "compute_colbert_score")
+    for name in names if hasattr(model, names[0]) else ("compute_score",):
+        setattr(model, name, in_fp32(getattr(model, name)))
+
+
+def go_on(runner):
+    """Let the trainer load the weights of a checkpoint: its own way finds no name it knows, and is silent."""
+
+    def load(folder, model=None):
+        folder, model = Path(folder), runner.model
+        model.model.load_state_dict(load_file(folder / "model.safetensors"))
+        for name in HEAD_FILES:
+            if (folder / name).exists():
+                head = getattr(model, Path(name).stem)
+                head.load_state_dict(torch.load(folder / name, map_location="cpu", weights_only=True))
+
+    runner.trainer._load_from_checkpoint = load
+
+
+class Along(TrainerCallback):
+    """Prints the progress, marks complete checkpoints, and counts on what the trainer does not know."""
+
+    def __init__(self, runner, rank):
+        self.runner, self.rank = runner, rank
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        batches = state.global_step * args.gradient_accumulation_steps
+        if hasattr(self.runner.model, "step"):  # from which self-distillation begins
+            self.runner.model.step = batches
+        data = self.runner.train_dataset
+        if hasattr(data, "refresh_epoch"):  # batches from one file each: the data set itself counts them
+            epochs, step = divmod(batches, len(data.batch_datas))
+            for _ in range(epochs):
+                data.refresh_epoch()
+            data.step = step
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.rank == 0:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE).touch()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs and self.rank == 0:
+            print(PROGRESS, state.global_step, state.max_steps, f"{float(logs['loss']):.4f}", flush=True)
 
 
 def checksum(model):
@@ -36,76 +129,45 @@ def checksum(model):
     return digest.hexdigest()
 
 
-def group_size(trainer):
-    """Processes that train together: the fewest that torch.distributed, the Trainer or accelerate knows."""
-    started = torch.distributed.is_available() and torch.distributed.is_initialized()
-    known = torch.distributed.get_world_size() if started else 1
-    return min(known, trainer.args.world_size, trainer.accelerator.num_processes)
+def watch_first_batch(model, report):
+    """Put a checksum of the queries of the first batch, and the number of its passages, into the report."""
 
+    def look(model, args, inputs):
+        sides = [inputs[name] for name in ("queries", "passages")]
+        queries, passages = (side if isinstance(side, list) else [side] for side in sides)
+        rows = [part["input_ids"].cpu().contiguous().numpy().tobytes() for part in queries]
+        report["first_batch"] = hashlib.sha256(b"".join(rows)).hexdigest()
+        report["passages"] = sum(len(part["input_ids"]) for part in passages)
+        handle.remove()
 
-class FirstBatch:
-    """A forward hook that keeps a checksum of the queries of the first batch."""
-
-    def __init__(self, model):
-        self.checksum = None
-        self.handle = model.register_forward_pre_hook(self, with_kwargs=True)
-
-    def __call__(self, model, args, inputs):
-        parts = inputs["queries"] if isinstance(inputs["queries"], list) else [inputs["queries"]]
-        digest = hashlib.sha256()
-        for part in parts:
-            digest.update(part["input_ids"].cpu().contiguous().numpy())
-        self.checksum = digest.hexdigest()
-        self.handle.remove()
-
-
-class Progress(TrainerCallback):
-    """Collects the losses, and prints one line per logged step in the first process."""
-
-    def __init__(self, rank):
-        self.rank, self.losses = rank, []
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in logs:
-            self.losses.append(float(logs["loss"]))
-            if self.rank == 0:
-                print(PROGRESS, state.global_step, state.max_steps, f"{self.losses[-1]:.4f}", flush=True)
+    handle = model.register_forward_pre_hook(look, with_kwargs=True)
 
 
 def main():
-    engine, reports, arguments = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
+    engine, reports, words = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
     rank, started = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    package = importlib.import_module(f"FlagEmbedding.finetune.embedder.encoder_only.{engine}")
-    part = {
-        kind: getattr(package, PREFIX[engine] + kind)
-        for kind in ("ModelArguments", "DataArguments", "TrainingArguments", "Runner")
-    }
-    parser = HfArgumentParser([part["ModelArguments"], part["DataArguments"], part["TrainingArguments"]])
-    model_args, data_args, training_args = parser.parse_args_into_dataclasses(arguments)
-    runner = part["Runner"](model_args=model_args, data_args=data_args, training_args=training_args)
-
-    report = {
-        "rank": rank,
-        "started": started,
-        "group_size": group_size(runner.trainer),
-        "before": checksum(runner.model),
-    }
-    if report["group_size"] == started:
-        progress, batch, begin = Progress(rank), FirstBatch(runner.model), time.perf_counter()
-        cpu_begin = time.process_time()
-        runner.trainer.add_callback(progress)
+    model, data, training = arguments_of(engine, words)
+    runner = part_of(engine, "Runner")(model_args=model, data_args=data, training_args=training)
+    own, group = runner.trainer, torch.distributed
+    known = group.get_world_size() if group.is_available() and group.is_initialized() else 1
+    known = min(known, own.args.world_size, own.accelerator.num_processes)  # each may know another group
+    report = {"rank": rank, "started": started, "group_size": known}
+    if known == started:
+        mend(runner.model)
+        go_on(runner)
+        watch_first_batch(runner.model, report)
+        report["before"], begin, cpu = checksum(runner.model), time.perf_counter(), time.process_time()
+        runner.trainer.add_callback(Along(runner, rank))
         runner.run()
-        weights = dict(runner.model.named_parameters())
+        weights, state = dict(runner.model.named_parameters()), runner.trainer.state
         report |= {
             "after": checksum(runner.model),
-            "first_batch": batch.checksum,
-            "not_finite": [name for name, weight in weights.items() if not torch.isfinite(weight).all()],
-            "steps": runner.trainer.state.global_step,
-            "losses": progress.losses,
+            "not_finite": [name for name, weight in weights.items() if not torch.isfinite(weight).all()][:5],
+            "steps": state.global_step,
+            "losses": [float(log["loss"]) for log in state.log_history if "loss" in log],
             "seconds": time.perf_counter() - begin,
-            "cpu_seconds": time.process_time() - cpu_begin,
-            "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
-        }
+            "cpu_seconds": time.process_time() - cpu,
+            "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
     write_json(reports / f"rank-{rank}.json", report)
 
 

@@ -1,55 +1,41 @@
 """Recipe 5, compare: one table and one figure for any list of checkpoints, judged as notebook 01 judges.
 
     python recipes/compare.py --checkpoint "MiniLM=minilm" --checkpoint "dense=recipes/output/dense/model"
+    python recipes/compare.py --checkpoint … --queries my_held_out.jsonl --corpus my_passages.jsonl
 
-Every validation query searches its code among all codes, training codes included, through a faiss index
-with exact inner products. A tie counts against the model. A checkpoint with BGE-M3's heads appears four
-times: dense, sparse, ColBERT, and their weighted sum (1, 0.3, 1: FlagEmbedding's weights). The first
-checkpoint is the reference of the differences. Writes results.json, table.md and comparison.png.
+Every query searches its answers among all passages: those of the corpus and the answers of all queries.
+Pairs, FlagEmbedding's lines and whatever else the tutorial reads are taken. Of several answers the best
+counts for Recall and MRR, all for nDCG. A tie counts against the model. A checkpoint with BGE-M3's heads is
+judged four times: dense, sparse, ColBERT, and their sum (weights 1, 0.3, 1: FlagEmbedding's). MODEL@64 takes
+the first 64 dimensions. The first checkpoint is the reference of the differences.
 """
 
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import scipy.sparse
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from embedding_tutorial import figures  # noqa: E402
-from embedding_tutorial.encoder import HEAD_FILES, Encoder, embed, fingerprint, read_pooling  # noqa: E402
+from embedding_tutorial import figures, finetune, pairs, profiles  # noqa: E402
+from embedding_tutorial.encoder import HEAD_FILES, fingerprint, read_pooling  # noqa: E402
 from embedding_tutorial.files import TutorialError, atomic_file, relative, sha256_of, write_json  # noqa: E402
-from embedding_tutorial.finetune import bootstrap_interval, rank_of_positive, sign_flip_test  # noqa: E402
-from recipes import data, steps  # noqa: E402
-from recipes.models import find_model  # noqa: E402
+from recipes import data, models, steps  # noqa: E402
 
-METRICS = {
-    "recall@1": lambda ranks: ranks <= 1,
-    "recall@5": lambda ranks: ranks <= 5,
-    "recall@10": lambda ranks: ranks <= 10,
-    "mrr": lambda ranks: 1 / ranks,
-    "ndcg@10": lambda ranks: np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0),  # one right answer per query
-}
 WEIGHTS = {"dense": 1.0, "sparse": 0.3, "ColBERT": 1.0}
+CUTOFFS = (1, 5, 10, 20, 100)
+METRICS = (*(f"recall@{k}" for k in CUTOFFS), "mrr", "ndcg@10")
+PASSAGES, CELLS = 5_000, 10_000_000  # passages encoded at once, and scores held at once
 
 
-# ---------------------------------------------------------------- scores: (queries, passages)
-
-
-def faiss_scores(q, p):
-    """Inner products (n, m) of q (n, dims) with every row of p (m, dims), found by an exact faiss index."""
-    values, places = data.exact_index(p).search(np.ascontiguousarray(q, dtype=np.float32), len(p))
-    scores = np.empty_like(values)
-    np.put_along_axis(scores, places, values, axis=1)
-    return scores
-
-
-def dense_scores(folder, queries, passages, max_length=512):
-    """Scores of the dense vectors that the notebook's own `Encoder` makes."""
-    encoder = Encoder(folder, max_length).eval()
-    with torch.no_grad():
-        q, p = (embed(encoder, texts, token_budget=2048).float().numpy() for texts in (queries, passages))
-    return faiss_scores(q, p)
+def metrics_of(ranks):
+    """{metric: values (n,)}; ranks: for each query the ranks of its right answers, the best first."""
+    best = np.array([own[0] for own in ranks])
+    found = {f"recall@{k}": (best <= k).astype(float) for k in CUTOFFS} | {"mrr": 1 / best}
+    gain = 1 / np.log2(1 + np.arange(1, 11))
+    won = [sum(gain[rank - 1] for rank in own if rank <= 10) / gain[: len(own)].sum() for own in ranks]
+    return found | {"ndcg@10": np.array(won)}
 
 
 def sparse_matrix(weights, columns):
@@ -70,83 +56,123 @@ def colbert_scores(queries, passages):
     return np.stack([np.maximum.reduceat(query @ every.T, starts, axis=1).mean(axis=0) for query in queries])
 
 
-def m3_scores(folder, queries, passages, max_length=512):
-    """{mode: scores (n, m)} of a checkpoint with BGE-M3's heads, by FlagEmbedding's own BGEM3FlagModel."""
+SCORES = {
+    "dense": lambda q, p: q @ p.T,
+    "sparse": lambda q, p: (q @ p.T).toarray(),
+    "ColBERT": colbert_scores}
+
+
+def encoder_of(folder, dims=None, max_length=512):
+    """A function: texts → {mode: what SCORES compares}. M3's three by FlagEmbedding's own BGEM3FlagModel."""
+    if not all((Path(folder) / name).exists() for name in HEAD_FILES):
+        encoder = models.load(folder, max_length)
+
+        def dense(texts):
+            v = data.vectors(encoder, texts).astype(np.float32)[:, :dims]
+            return {"dense": v / np.linalg.norm(v, axis=1, keepdims=True) if dims else v}
+
+        return dense
     from FlagEmbedding import BGEM3FlagModel
 
-    model = BGEM3FlagModel(
-        str(folder),
-        pooling_method=read_pooling(folder),
-        use_fp16=False,
-        devices="cuda:0" if torch.cuda.is_available() else "cpu",
-    )
-    q, p = (
-        model.encode(
-            texts,
-            batch_size=16,
-            max_length=max_length,
-            return_dense=True,
-            return_sparse=True,
-            return_colbert_vecs=True,
-        )
-        for texts in (queries, passages)
-    )
-    columns = len(model.tokenizer)
-    scores = {
-        "dense": faiss_scores(q["dense_vecs"], p["dense_vecs"]),
-        "sparse": (
-            sparse_matrix(q["lexical_weights"], columns) @ sparse_matrix(p["lexical_weights"], columns).T
-        ).toarray(),
-        "ColBERT": colbert_scores(q["colbert_vecs"], p["colbert_vecs"]),
-    }
-    scores["weighted sum"] = sum(weight * scores[mode] for mode, weight in WEIGHTS.items())
+    device, pooling = profiles.device_of_this_machine(), read_pooling(folder)
+    model = BGEM3FlagModel(str(folder), pooling_method=pooling, use_fp16=device != "cpu", devices=device)
+    wanted = {f"return_{name}": True for name in ("dense", "sparse", "colbert_vecs")}
+
+    def all_three(texts):
+        found = model.encode(texts, batch_size=16, max_length=max_length, **wanted)
+        sparse = sparse_matrix(found["lexical_weights"], len(model.tokenizer))
+        return {"dense": found["dense_vecs"], "sparse": sparse, "ColBERT": found["colbert_vecs"]}
+
+    return all_three
+
+
+def all_scores(q, p):
+    """{mode: scores}, with the weighted sum where there are three."""
+    scores = {mode: SCORES[mode](q[mode], p[mode]) for mode in q}
+    if len(scores) > 1:
+        scores["weighted sum"] = sum(weight * scores[mode] for mode, weight in WEIGHTS.items())
     return scores
 
 
-# ---------------------------------------------------------------- evaluation
+def evaluate(encode, asked, corpus=(), instruction=""):
+    """({mode: ranks}, queries per second of all modes) of pairs, searched among all answers and a corpus.
+
+    A block of passages is encoded, compared and forgotten. The answers come first: later blocks are counted.
+    """
+    answers = pairs.passages_of(asked)
+    place = {text: i for i, text in enumerate(answers)}
+    right = [[place[text] for text in dict.fromkeys(pairs.answers_of(pair))] for pair in asked]
+    owner = np.repeat(np.arange(len(asked)), list(map(len, right)))
+    column = np.concatenate(right)
+    others = [text for text in pairs.passages_of(corpus) if text not in place]
+    begin, own, before, ranks = time.perf_counter(), {}, {}, {}
+    q = encode([instruction + pair["query"] for pair in asked])
+    spent = time.perf_counter() - begin
+    for number, block in enumerate([answers, *data.blocks(others, PASSAGES)]):
+        p, size = encode(block), max(1, CELLS // len(block))
+        for start in range(0, len(asked), size):
+            mine = (owner >= start) & (owner < start + size)
+            rows = owner[mine] - start
+            begin = time.perf_counter()
+            found = all_scores({mode: v[start : start + size] for mode, v in q.items()}, p)
+            spent += time.perf_counter() - begin
+            for mode, scores in found.items():
+                if not np.isfinite(scores).all():
+                    raise ValueError("scores contain NaN or infinity: the embeddings are broken")
+                if number == 0:
+                    own.setdefault(mode, np.empty(len(owner)))[mine] = scores[rows, column[mine]]
+                    scores[rows, column[mine]] = -np.inf
+                ahead = [
+                    (scores[row] >= value).sum() for row, value in zip(rows, own[mode][mine], strict=True)]
+                before.setdefault(mode, np.zeros(len(owner), int))[mine] += ahead
+    bounds = np.cumsum(list(map(len, right)))[:-1]
+    for mode, counts in before.items():
+        ranks[mode] = [np.sort(n) + 1 + np.arange(len(n)) for n in np.split(counts, bounds)]
+    return ranks, len(asked) / spent
 
 
-def evaluate(folder, queries, passages, positive):
-    """{mode: ranks (n,)} of one checkpoint; positive (n,): the place of each query's passage."""
-    if all((Path(folder) / name).exists() for name in HEAD_FILES):
-        scores = m3_scores(folder, queries, passages)
-    else:
-        scores = {"dense": dense_scores(folder, queries, passages)}
-    return {mode: rank_of_positive(values, positive) for mode, values in scores.items()}
+def top(model, query, passages, k=5):
+    """[(score, passage)] of the k best for one query, by an exact faiss index."""
+    encoder = models.load(models.find_model(model))
+    scores, found = data.exact_index(data.vectors(encoder, passages)).search(
+        data.vectors(encoder, [query]), k)
+    return [(float(score), passages[i]) for score, i in zip(scores[0], found[0], strict=True)]
 
 
 def row_of(name, mode, ranks, reference):
-    """One row of the table: every metric with its interval, and the MRR against the reference's."""
+    """One row of the table: every metric with its interval, and the MRR against the reference's ranks."""
     row = {"name": name, "mode": mode}
-    for metric, score in METRICS.items():
-        row[metric] = bootstrap_interval(score(ranks))
-    gain = 1 / ranks - 1 / reference
-    row["mrr_gain"], row["p"] = bootstrap_interval(gain), sign_flip_test(gain)
-    return {**row, "ranks": ranks.tolist()}
+    for metric, values in metrics_of(ranks).items():
+        row[metric] = finetune.bootstrap_interval(values)
+    gain = metrics_of(ranks)["mrr"] - metrics_of(reference)["mrr"]
+    row["mrr_gain"], row["p"] = finetune.bootstrap_interval(gain), finetune.sign_flip_test(gain)
+    return {**row, "ranks": [int(own[0]) for own in ranks]}
 
 
 def label(row):
     return row["name"] if row["mode"] == "dense" and not row["heads"] else f"{row['name']}, {row['mode']}"
 
 
-def compare(listed, pairs, corpus):
-    """Judge [(name, model)] on `pairs`, each searching among the codes of `corpus`. Returns the results.
+def model_of(text):
+    """(folder, dimensions or None) of MODEL or MODEL@64."""
+    model, _, dims = text.rpartition("@") if text.rpartition("@")[2].isdigit() else (text, "", "")
+    return models.find_model(model), int(dims) if dims else None
 
-    The first one is the reference of `mrr_gain` and `p`.
-    """
-    passages = list(dict.fromkeys(pair["pos_doc"] for pair in [*pairs, *corpus]))
-    place = {text: i for i, text in enumerate(passages)}
-    queries, positive = [pair["query"] for pair in pairs], [place[pair["pos_doc"]] for pair in pairs]
+
+def compare(listed, asked, corpus, instruction=""):
+    """Judge [(name, model)] on the pairs `asked`, searching also in `corpus` (texts or pairs)."""
     rows, reference = [], None
     for number, (name, model) in enumerate(listed, 1):
         print(f"[{number}/{len(listed)}] {name}", flush=True)
-        found = evaluate(find_model(model), queries, passages, positive)
+        found, speed = evaluate(encoder_of(*model_of(model)), asked, corpus, instruction)
         reference = found["dense"] if reference is None else reference
         for mode, ranks in found.items():
-            rows.append({**row_of(name, mode, ranks, reference), "heads": len(found) > 1})
+            more = {"heads": len(found) > 1, "queries_per_second": round(speed, 1)}
+            rows.append({**row_of(name, mode, ranks, reference), **more})
             mean, low, high = rows[-1]["mrr"]
             print(f"    {mode:>12}: MRR {mean:.3f} [{low:.3f}, {high:.3f}]")
-    return {"queries": len(queries), "passages": len(passages), "reference": listed[0][0], "rows": rows}
+    passages = len(pairs.passages_of([*asked, *corpus]))
+    return {"queries": len(asked), "passages": passages, "reference": listed[0][0], "rows": rows}
 
 
 def table(results):
@@ -155,14 +181,13 @@ def table(results):
     def cell(triple, sign=""):
         return "{0:{3}.3f} [{1:{3}.3f}, {2:{3}.3f}]".format(*triple, sign)
 
-    lines = [
-        "| checkpoint | Recall@1 | Recall@5 | Recall@10 | MRR | nDCG@10 | MRR − reference | p |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    names = [*(f"Recall@{k}" for k in CUTOFFS), "MRR", "nDCG@10", "MRR − reference", "p", "queries/s"]
+    lines = [f"| checkpoint | {' | '.join(names)} |", f"|{' --- |' * (len(names) + 1)}"]
     for number, row in enumerate(results["rows"]):
-        cells = [cell(row[metric]) for metric in METRICS]
-        gain = ["reference", ""] if number == 0 else [cell(row["mrr_gain"], "+"), f"{row['p']:.4f}"]
-        lines.append(f"| {' | '.join([label(row), *cells, *gain])} |")
+        cells = [cell(row[metric]) if metric == "mrr" else f"{row[metric][0]:.3f}" for metric in METRICS]
+        cells += ["reference", ""] if number == 0 else [cell(row["mrr_gain"], "+"), f"{row['p']:.4f}"]
+        cells.append(f"{row['queries_per_second']:.0f}")
+        lines.append(f"| {' | '.join([label(row), *cells])} |")
     return "\n".join(lines).replace("-0.", "−0.")
 
 
@@ -177,8 +202,7 @@ def figure(results, path):
     rows = [
         {"label": label(row), "value": value, "lo": low, "hi": high}
         | ({"group": "far below, on an axis of their own"} if high < mean * 2 / 3 else {})
-        for row, (value, low, high) in zip(results["rows"], triples, strict=True)
-    ]
+        for row, (value, low, high) in zip(results["rows"], triples, strict=True)]
     rows.sort(key=lambda row: "group" in row)  # the reference's panel first
     best = max(rows, key=lambda row: row["value"])
     above, below = sum(low > mean for _, low, _ in triples), sum(high < mean for *_, high in triples)
@@ -190,37 +214,40 @@ def figure(results, path):
         xlabel="MRR",
         reference=mean,
         reference_label=f"{name}: {mean:.3f}",
-        source=f"{results['queries']} queries against {results['passages']} codes; recipes/compare.py",
-    )
+        source=f"{results['queries']} queries against {results['passages']} passages; recipes/compare.py")
 
 
 def main(words=None):
     parser = steps.parser(__doc__)
-    parser.add_argument(
+    add, many = parser.add_argument, {"action": "append", "required": True, "metavar": "NAME=MODEL"}
+    add(
         "--checkpoint",
-        action="append",
-        required=True,
-        metavar="NAME=MODEL",
         help="a name for the table and minilm, bge-m3 or a model folder; may be repeated",
-    )
-    parser.add_argument(
-        "--train", type=Path, default=data.TRAIN, help="training pairs: their codes are candidates too"
-    )
-    parser.add_argument(
-        "--validation", type=Path, default=data.VALIDATION, help="the pairs whose queries are asked"
-    )
-    parser.add_argument("--output", type=Path, default=steps.OUTPUT / "comparison", help="folder")
+        **many)
+    add(
+        "--queries",
+        type=Path,
+        help="a file of queries with answers; otherwise notebook 01's validation pairs")
+    add("--corpus", type=Path, help="a file of further passages; beside the training codes of notebook 01")
+    add("--instruction", default="", help="stands before every query")
+    add("--output", type=Path, default=steps.OUTPUT / "comparison", help="folder")
     args = parser.parse_args(words)
     listed = [tuple(text.partition("=")[::2]) for text in args.checkpoint]
     if not all(name and model for name, model in listed):
         raise TutorialError(f"--checkpoint takes NAME=MODEL, not {args.checkpoint}.")
-    train, validation = data.tutorial_pairs(args.train, args.validation)
+    if args.queries:
+        asked, corpus = pairs.one_per_query(pairs.read_pairs(args.queries)), pairs.read_corpus(args.corpus)
+    else:
+        corpus, asked = data.tutorial_pairs()
+        corpus += pairs.read_corpus(args.corpus)
     settings = {
-        "data": [sha256_of(args.train), sha256_of(args.validation)],
-        "checkpoints": [[name, fingerprint(find_model(model))] for name, model in listed],
-    }
+        "data": [
+            path and sha256_of(path) for path in (args.queries or data.VALIDATION, args.corpus, data.TRAIN)],
+        "instruction": args.instruction,
+        "checkpoints": [
+            [name, fingerprint(model_of(model)[0]), model_of(model)[1]] for name, model in listed]}
     if steps.open_step(args.output, settings) is None:
-        results = compare(listed, validation, train)
+        results = compare(listed, asked, corpus, args.instruction)
         write_json(args.output / "results.json", results)
         with atomic_file(args.output / "table.md", "w") as file:
             file.write(table(results) + "\n")

@@ -1,34 +1,40 @@
-"""Recipe 1, data: from the notebook's pairs to FlagEmbedding's JSON lines, with negatives and teacher scores.
+"""Recipe 1, data: from pairs to FlagEmbedding's JSON lines, with negatives and teacher scores.
 
     python recipes/data.py random  --count 10       # random negatives
     python recipes/data.py hard    --count 7        # mined: near the query in a model's eyes, yet wrong
     python recipes/data.py teacher --data FILE      # adds a teacher's scores for distillation
+    python recipes/data.py lengths --data FILE      # a file for each length, with a batch of its own
     python recipes/data.py check   FILE             # says which row is wrong
 
-A line is {"query": text, "pos": [texts], "neg": [texts]}, with "pos_scores" and "neg_scores" where a
-teacher has spoken. A negative never equals a positive of the same query.
+random and hard read the pairs of notebook 01, or with --data your own: any file that the tutorial reads, or
+FlagEmbedding's. A line is {"query": text, "pos": [texts], "neg": [texts]}, with "pos_scores" and "neg_scores"
+where a teacher has spoken. Pairs with one query become one row: all its answers are in "pos".
 """
 
-import json
+import inspect
+import itertools
 import math
 import random
 import sys
+from collections import Counter
 from pathlib import Path
 
-import faiss
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from embedding_tutorial import pairs as texts_of  # noqa: E402
 from embedding_tutorial import profiles  # noqa: E402
-from embedding_tutorial.encoder import Encoder, embed, fingerprint  # noqa: E402
-from embedding_tutorial.files import ROOT, TutorialError, atomic_file, relative, sha256_of  # noqa: E402
+from embedding_tutorial.encoder import embed, fingerprint  # noqa: E402
+from embedding_tutorial.files import ROOT, TutorialError, relative, sha256_of  # noqa: E402
 from embedding_tutorial.finetune import split_pairs  # noqa: E402
-from embedding_tutorial.pairs import field_of, read_mbpp, read_pairs, read_rows, write_pairs  # noqa: E402
-from recipes import steps  # noqa: E402
-from recipes.models import find_model  # noqa: E402
+from embedding_tutorial.own_data import token_counts  # noqa: E402
+from embedding_tutorial.pairs import answers_of, passages_of, read_pairs, read_rows, write_pairs  # noqa: E402
+from recipes import models, steps  # noqa: E402
 
 TRAIN, VALIDATION = ROOT / "data" / "mbpp_train.jsonl", ROOT / "data" / "mbpp_val.jsonl"
+EXACT = 50_000  # passages: with more the search is approximate and its vectors are float16
+BLOCK = 20_000  # texts, queries or rows that are worked on at once
 
 
 def tutorial_pairs(train=TRAIN, validation=VALIDATION):
@@ -37,112 +43,162 @@ def tutorial_pairs(train=TRAIN, validation=VALIDATION):
     if not train.exists() and not validation.exists():
         source = profiles.mbpp_path(profiles.PROFILES["pocket"])
         print(f"{relative(train)} is not there: splitting {relative(source)} as notebook 01 does.")
-        for path, part in zip((train, validation), split_pairs(read_mbpp(source)), strict=True):
+        for path, part in zip((train, validation), split_pairs(texts_of.read_mbpp(source)), strict=True):
             write_pairs(path, part)
     return read_pairs(train), read_pairs(validation)
 
 
-# ---------------------------------------------------------------- negatives
+def blocks(items, size=None):
+    items = iter(items)
+    while block := list(itertools.islice(items, size or BLOCK)):
+        yield block
 
 
 def positives_of(pairs):
     """{query: the set of its right answers}: a query may stand in several pairs."""
     right = {}
     for pair in pairs:
-        right.setdefault(pair["query"], set()).add(pair["pos_doc"])
+        right.setdefault(pair["query"], set()).update(answers_of(pair))
     return right
 
 
-def random_negatives(pairs, count, seed=42):
-    """FlagEmbedding's rows with `count` passages of other queries each, none of them right."""
-    right, passages, draw = (
-        positives_of(pairs),
-        list(dict.fromkeys(p["pos_doc"] for p in pairs)),
-        random.Random(seed),
-    )
-    rows = []
+def row_of(pair, wrong):
+    return {"query": pair["query"], "pos": answers_of(pair), "neg": wrong}
+
+
+def random_negatives(pairs, count=10, seed=42):
+    """Yield FlagEmbedding's rows with `count` passages of other queries each, none of them right."""
+    right, passages, draw = positives_of(pairs), passages_of(pairs), random.Random(seed)
+    place = {text: i for i, text in enumerate(passages)}
     for number, pair in enumerate(pairs, 1):
-        wrong = [text for text in passages if text not in right[pair["query"]]]
-        if len(wrong) < count:
-            raise TutorialError(f"Row {number} can have {len(wrong)} negatives, not {count}. Lower --count.")
-        rows.append({"query": pair["query"], "pos": [pair["pos_doc"]], "neg": draw.sample(wrong, count)})
-    return rows
+        own = sorted(place[text] for text in right[pair["query"]])
+        left = len(passages) - len(own)
+        if left < count:
+            raise TutorialError(f"Row {number} can have {left} negatives, not {count}. Lower --count.")
+        wrong = []
+        for n in draw.sample(range(left), count):  # the n-th of those that are not right
+            for taken in own:
+                n += n >= taken
+            wrong.append(passages[n])
+        yield row_of(pair, wrong)
 
 
 def vectors(encoder, texts):
-    with torch.no_grad():
-        return embed(encoder.eval(), texts, token_budget=4096, progress=True).cpu().float().numpy()
+    """Unit vectors (n, dims) on the machine's own device: float32, for many texts float16."""
+    encoder, found = encoder.to(profiles.device_of_this_machine()).eval(), None
+    many = len(texts) > EXACT
+    for start in range(0, len(texts), BLOCK):
+        part, shown = texts[start : start + BLOCK], len(texts) > 1000
+        with torch.no_grad():
+            part = embed(encoder, part, token_budget=4096, progress=shown).float().cpu().numpy()
+        if found is None:
+            found = np.empty((len(texts), part.shape[1]), np.float16 if many else np.float32)
+        found[start : start + BLOCK] = part
+    return found
+
+
+def faiss():
+    try:
+        import faiss
+    except ImportError:
+        raise TutorialError("faiss is not installed: pip install -r recipes/requirements.txt") from None
+    return faiss
 
 
 def exact_index(passages):
     """A faiss index that compares with every vector (n, dims) by inner product."""
-    index = faiss.IndexFlatIP(passages.shape[1])
+    index = faiss().IndexFlatIP(passages.shape[1])
     index.add(np.ascontiguousarray(passages, dtype=np.float32))
     return index
 
 
-def corpus_texts(path):
-    """The passages of a JSON-lines file: the field "text", or "pos_doc" as in a file of pairs."""
-    return [field_of(row, ("text", "pos_doc"), f"{relative(path)}, row {n}") for n, row in read_rows(path)]
+def index_of(passages):
+    """`exact_index`, or above EXACT passages one of inverted lists: it looks at those nearest to a query."""
+    if len(passages) <= EXACT:
+        return exact_index(passages)
+    lists = 4 * math.isqrt(len(passages))
+    index = faiss().index_factory(passages.shape[1], f"IVF{lists},SQfp16", faiss().METRIC_INNER_PRODUCT)
+    sample = np.random.default_rng(0).choice(len(passages), 40 * lists, replace=len(passages) < 40 * lists)
+    index.train(passages[np.sort(sample)].astype(np.float32))
+    for start in range(0, len(passages), BLOCK):
+        index.add(passages[start : start + BLOCK].astype(np.float32))
+    faiss().extract_index_ivf(index).nprobe = 16
+    return index
 
 
-def hard_negatives(
-    pairs, encoder, count, window=(1, 60), margin=0.02, seed=42, *, share=1.0, corpus=(), hardest=False
-):
-    """Rows whose negatives are drawn from the ranks `window` of each query's wrong passages.
+def mined(
+    pairs, encoder, count=7, window=(1, 60), margin=0.02, seed=42, share=1.0, corpus=(), hardest=False,
+    instruction=""):
+    """Yield (row, random fill-ins): negatives drawn from the ranks `window` of each query's wrong passages.
 
     A passage that scores more than the positive's score - margin, or more than share of it, may well be right
     although nobody said so, and is left out (0.95 is TopK-PercPos of NV-Retriever, arXiv 2407.15831). corpus:
     further passages. hardest: the best of those that are left, and not a sample of them. Queries with too few
-    left get random ones in their place. Returns (rows, number of random fill-ins).
+    left get random ones in their place. instruction: stands before every query.
     """
     first, last = window
     if not 1 <= first <= last or last - first + 1 < count:
         raise TutorialError(f"The ranks {first} to {last} do not hold {count} negatives. Widen --window.")
-    right, passages, draw = (
-        positives_of(pairs),
-        list(dict.fromkeys([*(p["pos_doc"] for p in pairs), *corpus])),
-        random.Random(seed),
-    )
-    q, p = vectors(encoder, [pair["query"] for pair in pairs]), vectors(encoder, passages)
+    right, draw = positives_of(pairs), random.Random(seed)
+    passages = list(dict.fromkeys([*passages_of(pairs), *corpus]))
     place = {text: i for i, text in enumerate(passages)}
-    most = max(len(texts) for texts in right.values())
-    scores, found = exact_index(p).search(q, min(len(passages), last + most))
-    rows, filled = [], 0
-    for i, (pair, spare) in enumerate(zip(pairs, random_negatives(pairs, count, seed), strict=True)):
-        own = float(q[i] @ p[place[pair["pos_doc"]]])
-        limit = min(own - margin, own - (1 - share) * abs(own))
-        wrong = [
-            (s, passages[j])
-            for s, j in zip(scores[i], found[i], strict=True)
-            if passages[j] not in right[pair["query"]]
-        ]
-        allowed = [text for s, text in wrong[first - 1 : last] if s <= limit]
-        chosen = allowed[:count] if hardest else draw.sample(allowed, min(count, len(allowed)))
-        others = [text for text in spare["neg"] if text not in chosen]
-        filled += count - len(chosen)
-        rows.append(
-            {"query": pair["query"], "pos": [pair["pos_doc"]], "neg": chosen + others[: count - len(chosen)]}
-        )
-    return rows, filled
+    p = vectors(encoder, passages)
+    index, k = index_of(p), min(len(passages), last + max(map(len, right.values())))
+    spares = random_negatives(pairs, count, seed)
+    for block in blocks(pairs):
+        q = vectors(encoder, [instruction + pair["query"] for pair in block]).astype(np.float32)
+        scores, found = index.search(q, k)
+        for i, pair in enumerate(block):
+            taken = {place[text] for text in right[pair["query"]]}
+            own = min(float(q[i] @ p[place[text]]) for text in answers_of(pair))
+            limit = min(own - margin, own - (1 - share) * abs(own))
+            near = zip(scores[i].tolist(), found[i].tolist(), strict=True)
+            wrong = [(score, j) for score, j in near if j >= 0 and j not in taken]
+            allowed = [passages[j] for score, j in wrong[first - 1 : last] if score <= limit]
+            chosen = allowed[:count] if hardest else draw.sample(allowed, min(count, len(allowed)))
+            others = [text for text in next(spares)["neg"] if text not in chosen]
+            yield row_of(pair, chosen + others[: count - len(chosen)]), count - len(chosen)
 
 
-def teacher_scores(rows, encoder, temperature=0.05):
-    """The rows with `pos_scores` and `neg_scores`: cosines of the teacher's embeddings / temperature.
+def hard_negatives(pairs, encoder, *settings, **more):
+    """(all rows of `mined`, number of random fill-ins)."""
+    found = list(mined(pairs, encoder, *settings, **more))
+    return [row for row, _ in found], sum(filled for _, filled in found)
+
+
+def cosines(encoder, instruction=""):
+    """A scorer of [(query, text)]: cosines of an embedding model, each text embedded once."""
+
+    def score(cells):
+        asked = [instruction + query for query, _ in cells]
+        texts = list(dict.fromkeys([*asked, *(text for _, text in cells)]))
+        place, v = {text: i for i, text in enumerate(texts)}, vectors(encoder, texts)
+        return [float(v[place[q]] @ v[place[text]]) for q, (_, text) in zip(asked, cells, strict=True)]
+
+    return score
+
+
+def cross_encoder(folder, max_length):
+    """A scorer of [(query, text)]: the logits of a cross-encoder, which reads both together."""
+    from sentence_transformers import CrossEncoder
+
+    model = CrossEncoder(str(folder), max_length=max_length, device=profiles.device_of_this_machine())
+    return lambda cells: model.predict(cells, activation_fn=torch.nn.Identity()).tolist()
+
+
+def teacher_scores(rows, score, temperature=0.05):
+    """Yield the rows with `pos_scores` and `neg_scores`: what `score` says of [(query, text)] / temperature.
 
     FlagEmbedding takes a plain softmax of these numbers. Bare cosines lie so close together that the
-    target would be nearly uniform, hence the temperature here.
+    target would be nearly uniform, hence the temperature here; the logits of a --cross encoder take 1.
     """
-    texts = list(dict.fromkeys(text for row in rows for text in [row["query"], *row["pos"], *row["neg"]]))
-    place, v = {text: i for i, text in enumerate(texts)}, vectors(encoder, texts)
-
-    def score(row, name):
-        return [round(float(v[place[row["query"]]] @ v[place[text]]) / temperature, 4) for text in row[name]]
-
-    return [{**row, "pos_scores": score(row, "pos"), "neg_scores": score(row, "neg")} for row in rows]
-
-
-# ---------------------------------------------------------------- validation
+    for block in blocks(rows):
+        cells = [(row["query"], text) for row in block for text in [*row["pos"], *row["neg"]]]
+        values = iter(score(cells))
+        for row in block:
+            yield row | {
+                f"{name}_scores": [round(next(values) / temperature, 4) for _ in row[name]]
+                for name in ("pos", "neg")}
 
 
 def row_problem(row, group=1, scores=False):
@@ -150,9 +206,7 @@ def row_problem(row, group=1, scores=False):
     if not isinstance(row.get("query"), str) or not row["query"].strip():
         return "'query' is no text"
     for name in ("pos", "neg"):
-        if not isinstance(row.get(name), list) or not all(
-            isinstance(t, str) and t.strip() for t in row[name]
-        ):
+        if not isinstance(row.get(name), list) or any(map(texts_of.text_problem, row[name])):
             return f"{name!r} must be a list of texts" + (" ([] for none)" if name == "neg" else "")
     if not row["pos"]:
         return "'pos' is empty"
@@ -165,174 +219,158 @@ def row_problem(row, group=1, scores=False):
         values = row.get(name)
         if not isinstance(values, list) or len(values) != len(row[name[:3]]):
             return f"{name!r} must have one number for each text of {name[:3]!r}"
-        if not all(
-            isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values
-        ):
+        if not all(type(v) in (int, float) and math.isfinite(v) for v in values):
             return f"{name!r} holds something that is no finite number"
     return None
 
 
 def check_file(path, group=1, scores=False):
-    """The rows of a FlagEmbedding file. TutorialError with the row number when one is wrong."""
-    rows = []
+    """{"rows", "batch_size", "shared": pairs of rows with a common positive} of a FlagEmbedding file.
+
+    TutorialError with the row number when one is wrong, or asks what an earlier row asks: in one batch each
+    would be the other's negative. Nothing is kept but a number for each text.
+    """
+    asked, answers, found = {}, Counter(), {"rows": 0, "batch_size": None}
     for number, row in read_rows(path):
         problem = row_problem(row, group, scores)
+        if not problem and (first := asked.setdefault(hash(row["query"]), number)) != number:
+            problem = f"the query of row {first} again: in one batch they are each other's negatives"
+            raise TutorialError(f"{relative(path)}, row {number}: {problem}. Put all answers into one 'pos'.")
         if problem:
             raise TutorialError(f"{relative(path)}, row {number}: {problem}. Correct or remove the row.")
-        rows.append(row)
-    if not rows:
+        answers.update(map(hash, set(row["pos"])))
+        found["rows"] += 1
+        found["batch_size"] = found["batch_size"] or row.get("batch_size")
+    if not found["rows"]:
         raise TutorialError(f"{relative(path)} holds no rows. Make it again with recipes/data.py.")
-    return rows
+    return found | {"shared": sum(n * (n - 1) // 2 for n in answers.values())}
 
 
-# ---------------------------------------------------------------- the recipe
+def length_groups(rows, tokenizer, bounds=(64, 128, 256, 512), tokens=8192, group=1, processes=2):
+    """([(bound, queries per process, rows)], the bound (n,) of each row): a row's longest text decides.
+
+    A batch is what fits into `tokens` padded tokens. A group smaller than one batch of all processes would
+    vanish without a word, so it joins the next longer one.
+    """
+    longest = []
+    for block in blocks(rows):
+        texts = [[row["query"], *row["pos"], *(row["neg"] if group > 1 else ())] for row in block]
+        each = list(dict.fromkeys(itertools.chain.from_iterable(texts)))
+        count = dict(zip(each, token_counts(tokenizer, each)[0].tolist(), strict=True))
+        longest += [max(count[text] for text in own) for own in texts]
+    bounds = np.array(sorted(bounds))
+    own = bounds[np.minimum(np.searchsorted(bounds, longest), len(bounds) - 1)]
+    found = []
+    for number, bound in enumerate(bounds.tolist()):
+        batch, size = max(1, tokens // (bound * (1 + group))), int((own == bound).sum())
+        if number + 1 < len(bounds) and size < batch * processes:
+            own[own == bound] = bounds[number + 1]
+        elif size:
+            batch = min(batch, size // processes)
+            if not batch:
+                raise TutorialError(
+                    f"{size} rows above {bounds[number - 1]} tokens are too few: lower --bounds.")
+            found.append((bound, batch, size))
+    return found, own
 
 
-def place(kind, count=10, model="minilm", **_):
-    """The folder of a data step: it says what kind, how many and, where a model chose, which one."""
-    name = Path(model).parent.name if Path(model).name == "model" else Path(model).name
-    return (
-        steps.OUTPUT
-        / "data"
-        / (f"random-{count}" if kind == "random" else f"hard-{count}-{name}" if kind == "hard" else "teacher")
-    )
+MODEL = {"model": "minilm", "max_length": 512}
+KINDS = {  # what does it, and what it is given beside its own options
+    "random": (random_negatives, {}),
+    "hard": (mined, MODEL | {"corpus": ""}),
+    "teacher": (teacher_scores, MODEL | {"instruction": "", "cross": False}),
+    "lengths": (length_groups, MODEL)}
 
 
-def make(
-    kind,
-    output=None,
-    *,
-    count=10,
-    window=(1, 60),
-    margin=0.02,
-    share=1.0,
-    corpus=None,
-    hardest=False,
-    model="minilm",
-    data=None,
-    temperature=0.05,
-    seed=42,
-    train=TRAIN,
-    validation=VALIDATION,
-):
-    """One data file, `output/train.jsonl`; returns its path. kind: "random", "hard" or "teacher"."""
-    output = Path(output or place(kind, count, model))
-    source = Path(data) if kind == "teacher" else Path(train)
-    if kind != "teacher":
-        # Only the notebook's own split comes in two files; pairs of one's own stand alone.
-        pairs = tutorial_pairs(train, validation)[0] if Path(train) == TRAIN else read_pairs(train)
-    settings = {"kind": kind, "source": sha256_of(source), "seed": seed}
-    if kind != "teacher":
-        settings["count"] = count
-    if kind != "random":
-        folder = find_model(model)
-        settings["model"] = fingerprint(folder)
-    if kind == "hard":
-        settings |= {"window": list(window), "margin": margin}
-        added = {"share": share, "hardest": hardest, "corpus": corpus and sha256_of(corpus)}
-        settings |= {name: value for name, value in added.items() if value not in (1.0, False, None)}
-        further = corpus_texts(corpus) if corpus else []
-    if kind == "teacher":
-        settings["temperature"] = temperature
-        rows = check_file(source, group=2)
-    file, found = Path(output) / "train.jsonl", steps.open_step(output, settings)
-    if found:
-        return file
-    found = {}
-    if kind == "random":
-        rows = random_negatives(pairs, count, seed)
-    elif kind == "hard":
-        rows, found["random_fill_ins"] = hard_negatives(
-            pairs,
-            Encoder(folder, 256),
-            count,
-            window,
-            margin,
-            seed,
-            share=share,
-            corpus=further,
-            hardest=hardest,
-        )
+def defaults_of(kind):
+    function, more = KINDS[kind]
+    found = {name: p.default for name, p in inspect.signature(function).parameters.items()}
+    return {name: value for name, value in found.items() if value is not inspect.Parameter.empty} | more
+
+
+def place(kind, data=None, **given):
+    """What a data step makes, absolute; its folder says what kind, how many, of what, by which model."""
+    settings = defaults_of(kind) | given
+    name = f"{kind}-{settings['count']}" if kind in ("random", "hard") else kind
+    name += f"-{steps.label(settings['model'])}" if kind in ("hard", "teacher") else ""
+    name += f"-{steps.label(data)}" if data else ""
+    return (steps.OUTPUT / "data" / name / ("groups" if kind == "lengths" else "train.jsonl")).resolve()
+
+
+def make(kind, output=None, data=None, **given):
+    """What a data step makes, a file or a folder of files; returns its path. kind: one of KINDS."""
+    made = Path(output).resolve() / place(kind).name if output else place(kind, data, **given)
+    settings, pairs = defaults_of(kind), None
+    settings |= {name: value for name, value in given.items() if name in settings}
+    own = {name: value for name, value in settings.items() if name not in KINDS[kind][1]}
+    if kind in ("random", "hard"):
+        pairs = texts_of.one_per_query(read_pairs(data) if data else tutorial_pairs()[0])
     else:
-        rows = teacher_scores(rows, Encoder(folder, 256), temperature)
-    with atomic_file(file, "w") as handle:
-        handle.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    check_file(file, group=2, scores=kind == "teacher")
-    first = rows[0]
-    print(
-        f"row 1: query {first['query'][:60]!r}, 1 positive, {len(first['neg'])} negatives, "
-        f"the first of them {first['neg'][0][:40]!r}"
-    )
-    found["rows"] = len(rows)
-    if kind == "teacher":
-        found["teacher_prefers_a_negative"] = sum(
-            max(row["neg_scores"]) >= row["pos_scores"][0] for row in rows
-        )
-    print(", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in found.items()))
-    steps.close_step(output, found)
-    return file
+        found = check_file(data, group=2)
+    said = {"kind": kind, "source": sha256_of(data or TRAIN), **settings}
+    if "model" in settings:
+        folder, length = models.find_model(settings["model"]), settings["max_length"]
+        said["model"] = fingerprint(folder)
+    if settings.get("corpus"):
+        said["corpus"] = sha256_of(settings["corpus"])
+    if steps.open_step(made.parent, said):
+        return made
+    rows, filled = (row for _, row in read_rows(data)) if data else None, Counter()
+    if kind == "random":
+        rows = random_negatives(pairs, **own)
+    elif kind == "hard":
+        corpus = texts_of.read_corpus(settings["corpus"])
+        rows = mined(pairs, models.load(folder, length), corpus=corpus, **own)
+        rows = (filled.update(random_fill_ins=n) or row for row, n in rows)
+    elif kind == "teacher":
+        plain = not settings["cross"]
+        score = cosines(models.load(folder, length), settings["instruction"]) if plain else None
+        rows = teacher_scores(rows, score or cross_encoder(folder, length), **own)
+    else:
+        groups, lengths = length_groups(rows, models.load(folder, length).tokenizer, **own)
+        for bound, batch, size in groups:
+            print(f"up to {bound} tokens: {size:,} rows, {batch} queries per process and update")
+            chosen = (row for n, (_, row) in enumerate(read_rows(data)) if lengths[n] == bound)
+            write_pairs(made / f"up-to-{bound}.jsonl", (row | {"batch_size": batch} for row in chosen))
+        steps.close_step(made.parent, found | {"groups": groups})
+        return made
+    write_pairs(made, rows)
+    found = check_file(made, group=2, scores=kind == "teacher") | filled
+    print(", ".join(f"{name.replace('_', ' ')}: {n}" for name, n in found.items() if n is not None))
+    steps.close_step(made.parent, found)
+    return made
 
 
 def main(words=None):
     parser = steps.parser(__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True)
-    for kind, text in (
-        ("random", "random negatives"),
-        ("hard", "mined hard negatives"),
-        ("teacher", "teacher scores for an existing file"),
-        ("check", "validate a file"),
-    ):
-        sub = kinds.add_parser(kind, help=text, formatter_class=parser.formatter_class)
-        if kind == "check":
-            sub.add_argument("data", type=Path)
-            sub.add_argument("--group", type=int, default=1, help="the train_group_size it is meant for")
-            continue
-        sub.add_argument("--output", type=Path, help="folder; one under recipes/output/data otherwise")
-        sub.add_argument("--seed", type=int, default=42)
-        if kind != "teacher":
-            sub.add_argument("--train", type=Path, default=TRAIN, help="pairs as notebook 01 writes them")
-            sub.add_argument(
-                "--count", type=int, default=10 if kind == "random" else 7, help="negatives per query"
-            )
-        if kind != "random":
-            sub.add_argument(
-                "--model", default="minilm", help="minilm, bge-m3 or the folder of any embedding model"
-            )
-        if kind == "hard":
-            sub.add_argument(
-                "--window",
-                type=int,
-                nargs=2,
-                default=(1, 60),
-                metavar=("FIRST", "LAST"),
-                help="ranks among the wrong passages from which negatives are drawn",
-            )
-            sub.add_argument(
-                "--margin", type=float, default=0.02, help="leave out what scores above positive - margin"
-            )
-            sub.add_argument(
-                "--share",
-                type=float,
-                default=1.0,
-                help="and what scores above this share of the positive; 0.95 is NV-Retriever's, 1 is off",
-            )
-            sub.add_argument("--corpus", type=Path, help="further passages: JSON lines with a field 'text'")
-            sub.add_argument("--hardest", action="store_true", help="the best of what is left, not a sample")
-        if kind == "teacher":
-            sub.add_argument(
-                "--data", type=Path, required=True, help="FlagEmbedding's JSON lines with negatives"
-            )
-            sub.add_argument("--temperature", type=float, default=0.05, help="cosines are divided by it")
+    sub = kinds.add_parser("check", formatter_class=parser.formatter_class)
+    sub.add_argument("data", type=Path)
+    sub.add_argument("--group", type=int, default=1)
+    sub.add_argument("--batch", type=int, default=80, help="queries of an update")
+    for kind in KINDS:
+        about = inspect.cleandoc(KINDS[kind][0].__doc__)
+        sub = kinds.add_parser(kind, formatter_class=parser.formatter_class, description=about)
+        sub.add_argument("--output", type=Path, help="folder; otherwise one whose name says what it holds")
+        text = "pairs, of notebook 01 otherwise" if kind in ("random", "hard") else "FlagEmbedding's lines"
+        sub.add_argument("--data", type=Path, help=text, required=kind in ("teacher", "lengths"))
+        for name, default in defaults_of(kind).items():
+            how = {"default": default, "type": type(default)}
+            how = {"action": "store_true"} if default is False else how
+            if isinstance(default, tuple):
+                how |= {"type": int, "nargs": 2 if name == "window" else "+"}
+            sub.add_argument(f"--{name.replace('_', '-')}", help=f"otherwise {default}", **how)
     args = parser.parse_args(words)
-    if args.kind == "check":
-        print(f"{relative(args.data)}: {len(check_file(args.data, args.group))} rows, all in order.")
-        return
-    options = {
-        name: value
-        for name, value in vars(args).items()
-        if name not in ("kind", "output") and value is not None
-    }
-    make(args.kind, args.output, **options)
+    if args.kind != "check":
+        return make(**vars(args))
+    found = check_file(args.data, args.group)
+    print(f"{relative(args.data)}: {found['rows']:,} rows, all in order.")
+    if found["shared"]:  # FlagEmbedding masks nothing
+        expected = found["shared"] * (args.batch / found["rows"]) ** 2
+        print(
+            f"{found['shared']:,} pairs of rows have a positive in common. Where two meet in a batch, a "
+            f"right answer counts as wrong: {expected:.2f} times in a batch of {args.batch}."
+        )
 
 
 if __name__ == "__main__":

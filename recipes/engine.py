@@ -1,11 +1,13 @@
-"""One training run on FlagEmbedding's engine: its command, its launch, the check, the finished model.
+"""One training run on FlagEmbedding's engine. The recipes print the line that runs, and this runs it:
 
-FlagEmbedding 1.4.2 with transformers 5.23 differs from its published commands; what has to be known is
-written where it is used: `flags` (the command line), `check_ranks` (the silent failure) and
-`finish_model` (what its saved folder lacks).
+    python recipes/engine.py base|m3 PROCESSES FOLDER --model_name_or_path … --train_data … …
+
+base: dense vectors; m3: dense, sparse and ColBERT vectors. What follows FOLDER goes to FlagEmbedding 1.4.2
+as it is. Before the run: data, disk and GPUs are looked at. After it: the processes are compared
+(`check_ranks`), and FOLDER/model becomes a folder that other libraries open (`finish_model`). A run that was
+cut off goes on from its last checkpoint.
 """
 
-import dataclasses
 import importlib.util
 import math
 import os
@@ -15,233 +17,232 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from embedding_tutorial.encoder import HEAD_FILES, WEIGHT_FILES, companions, fingerprint, weights_file
-from embedding_tutorial.files import ROOT, TutorialError, atomic_folder, read_json, relative, sha256_of
-from embedding_tutorial.profiles import PROFILES, training_precision
-from embedding_tutorial.runs import require_run_space
-from recipes import data, models
-from recipes.checked_run import PROGRESS
-from recipes.steps import close_step, open_step
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from embedding_tutorial import encoder, files, profiles  # noqa: E402
+from embedding_tutorial.files import ROOT, TutorialError, read_json, relative  # noqa: E402
+from embedding_tutorial.runs import require_run_space  # noqa: E402
+from recipes import data, models, steps  # noqa: E402
+from recipes.checked_run import PROGRESS, WHOLE  # noqa: E402
 
 DEEPSPEED = ROOT / "recipes" / "deepspeed_stage1.json"
+# What all recipes begin with, as typed. transformers 5 has no --warmup_ratio: --warmup_steps takes a share.
+COMMON = """--lr_scheduler_type cosine --warmup_steps 0.1 --weight_decay 0.01 --max_grad_norm 1 --seed 42
+    --normalize_embeddings True --train_group_size 1 --logging_steps 1 --report_to none --disable_tqdm True
+    --save_strategy steps --save_steps 200 --save_total_limit 2 --temperature 0.05"""
+SCALES = {"pocket": "", "full": "--query_max_len 512 --passage_max_len 512 --dataloader_num_workers 2"}
+OURS = {"model_name_or_path": "--model", "train_data": "--data", "output_dir": "--output"}
+# Bytes that a layer keeps for its backward pass per token and hidden unit (bf16 autocast, counted by
+# tests/test_recipes.py), and with gradient checkpointing; a weight with its gradient and AdamW's two moments.
+KEPT, KEPT_CHECKPOINTING, PER_WEIGHT = 44, 4, 16
 
 
-@dataclass(frozen=True)
-class Training:
-    """The values of one run. `batch` counts the queries of one update over all processes together."""
-
-    engine: str = "base"  # "base": dense; "m3": dense, sparse and ColBERT
-    model: str = "minilm"  # a name that recipes.models knows, or a folder
-    pooling: str = "mean"
-    epochs: int = 5
-    max_steps: int = -1  # ends the run earlier (tests)
-    batch: int = 80
-    group: int = 1  # passages per query: its positive and group - 1 of its negatives
-    learning_rate: float = 5e-5
-    temperature: float = 0.05
-    query_length: int = 128
-    passage_length: int = 256
-    cross_device: bool = True  # the passages of all processes are negatives
-    sub_batch: int = 0  # texts that go through the model at once; 0: all
-    checkpointing: bool = False  # gradient checkpointing: recompute instead of remember
-    precision: str = "fp32"  # "bf16" on GPUs; "auto": bf16 where this CPU is faster with it, as notebook 01
-    self_distill_from: int | None = None  # m3: the step after which the ensemble teaches its three parts
-    teacher: bool = False  # learn from pos_scores and neg_scores of the data (m3_kd_loss)
-    freeze_positions: bool = False  # --fix_position_embedding
-    seed: int = 42
-
-
-def add_options(parser, presets):
-    """The options that all training recipes share. presets: {"pocket": Training, "full": Training}."""
-    parser.add_argument(
-        "--scale",
-        choices=list(presets),
-        default="pocket",
-        help="pocket: MiniLM on CPU processes or one small GPU; full: BGE-M3 on 2 to 8 GPUs",
-    )
-    parser.add_argument(
-        "--processes", type=int, default=2, help="processes of torchrun: one per GPU, or on the CPU"
-    )
-    parser.add_argument(
-        "--cpu",
-        action="store_true",
-        default=not torch.cuda.is_available(),
-        help="train on the CPU (without a GPU there is no choice)",
-    )
-    parser.add_argument(
-        "--gpu-command", action="store_true", help="print the torchrun command for 2 to 8 GPUs and end"
-    )
-    parser.add_argument(
-        "--deepspeed",
-        nargs="?",
-        const=str(DEEPSPEED),
-        default=None,
-        metavar="JSON",
-        help="train with DeepSpeed (install it first) and this configuration",
-    )
-    parser.add_argument("--model", help="minilm, bge-m3, or the folder of a model; otherwise the scale's own")
-    parser.add_argument(
-        "--data", type=Path, help="training file in FlagEmbedding's form; otherwise made by recipes/data.py"
-    )
-    parser.add_argument("--output", type=Path, help="folder; one under recipes/output otherwise")
-    for name, kind, text in (
-        ("epochs", int, "passes over the data"),
-        ("max-steps", int, "updates at most"),
-        ("batch", int, "queries per update, all processes together"),
-        ("group", int, "passages per query, the positive included"),
-        ("learning-rate", float, "at its peak"),
-        ("temperature", float, "of the softmax"),
-        ("sub-batch", int, "texts that go through the model at once; 0: all"),
-    ):
-        parser.add_argument(f"--{name}", type=kind, help=f"{text}; otherwise the scale's own value")
-
-
-def chosen(args, preset, **changes):
-    """`preset` with `changes`, and with what the command line says on top."""
-    names = ("model", "epochs", "max_steps", "batch", "group", "learning_rate", "temperature", "sub_batch")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return dataclasses.replace(preset, **{**changes, **given})
-
-
-# ---------------------------------------------------------------- the command line
-
-
-def flags(t, model, file, work, per_process, clip, cpu, deepspeed=None):
-    """FlagEmbedding's arguments for a Training, as a list of strings.
-
-    Gone since transformers 5: --overwrite_output_dir, --warmup_ratio (a share goes to --warmup_steps).
-    --resume_from_checkpoint raises AttributeError, so no checkpoints are written on the way.
-    """
-    values = {
-        "model_name_or_path": model,
-        "train_data": file,
-        "output_dir": work,
-        "cache_path": f"{work}/cache",
-        "train_group_size": t.group,
-        "query_max_len": t.query_length,
-        "passage_max_len": t.passage_length,
-        "per_device_train_batch_size": per_process,
-        "num_train_epochs": t.epochs,
-        "learning_rate": t.learning_rate,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.1,
-        "weight_decay": 0.01,
-        "max_grad_norm": clip,
-        "temperature": t.temperature,
-        "sentence_pooling_method": t.pooling,
-        "normalize_embeddings": True,
-        "seed": t.seed,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-    if t.max_steps > 0:
-        values["max_steps"] = t.max_steps
-    if t.sub_batch:
-        values["sub_batch_size"] = t.sub_batch
-        if t.engine == "m3":  # sub-batches of different width cannot be joined for the ColBERT scores
-            values["pad_to_multiple_of"] = t.passage_length
-    if t.teacher:
-        values |= {"knowledge_distillation": True, "kd_loss_type": "m3_kd_loss"}
-    if t.engine == "m3":
-        values["unified_finetuning"] = True
-        if t.self_distill_from is not None:
-            values |= {"use_self_distill": True, "self_distill_start_step": t.self_distill_from}
-    if deepspeed:
-        values["deepspeed"] = deepspeed
-    switches = {
-        "use_cpu": cpu,
-        "negatives_cross_device": t.cross_device,
-        "bf16": t.precision == "bf16",
-        "gradient_checkpointing": t.checkpointing,
-        "fix_position_embedding": t.freeze_positions,
-    }
-    line = [part for name, value in values.items() for part in (f"--{name}", str(value))]
-    return line + [f"--{name}" for name, on in switches.items() if on]
-
-
-def clip_at(t, processes):
-    """The largest gradient norm. With negatives across devices each process computes the loss of all, but
-    the gradient of its own share, and DDP averages: the gradient is 1/processes of the true one."""
-    return 1 / processes if t.cross_device else 1.0
-
-
-def gpu_command(t, words, file):
-    """The same run with the full model on 2 to 8 GPUs, as a text. words: the recipe, as "dense.py --hard"."""
-    values = [f"GPUS={n} BATCH={t.batch // n} CLIP={clip_at(t, n):g}" for n in (2, 4, 8) if t.batch % n == 0]
-    out = f"recipes/output/{words.split('.')[0]}-full"
-    line = flags(
-        t, "models/bge-m3" if t.model == "bge-m3" else t.model, file, f"{out}/work", "$BATCH", "$CLIP", False
-    )
-    options, rows = " ".join(line).split(" --"), []
-    for option in [options[0], *(f"--{option}" for option in options[1:])]:
-        if rows and len(rows[-1]) + len(option) < 96:
-            rows[-1] += f" {option}"
+def options_of(words):
+    """{name: values} of arguments as typed, "--seed 7", "--seed=7" or "--bf16"; the last one counts."""
+    options, values = {}, None
+    for word in shlex.split(words) if isinstance(words, str) else words:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            options[name.replace("-", "_")] = values = [value] if equals else []
+        elif values is None:
+            raise TutorialError(f"{word!r} follows no name. FlagEmbedding's arguments begin with --.")
         else:
-            rows.append(option)
-    return "\n".join(
-        [
-            f"On 2 to 8 GPUs, with {t.model} (not run by this project: its tests have no GPU):",
-            f"  {values[0]}    # or {', or '.join(values[1:])}",
-            f"  torchrun --standalone --nproc_per_node $GPUS -m recipes.checked_run {t.engine} {out}/reports"
-            " \\",
-            " \\\n".join(f"    {row}" for row in rows),
-            f"With DeepSpeed, where it is installed, add --deepspeed {relative(DEEPSPEED)}",
-            f"Started, checked and finished at once: python recipes/{words} --scale full --processes 8",
-        ]
-    )
+            values.append(word)
+    return options
 
 
-# ---------------------------------------------------------------- launch and check
+def words_of(options):
+    return [word for name, values in options.items() for word in (f"--{name}", *values)]
 
 
-def launch(t, file, line, reports, processes):
-    """Run `checked_run` under torchrun, show its progress, and keep its output in `train.log`."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(processes),
-        "-m",
-        "recipes.checked_run",
-        t.engine,
-        str(reports),
-        *line,
-    ]
-    environment = {
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)),
-        "TOKENIZERS_PARALLELISM": "false",
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-    }
-    log = reports.parent / "train.log"
-    print(f"torchrun, {processes} processes on {relative(file)}; log in {relative(log)}")
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        errors="replace",
-        start_new_session=True,
-    )
+def is_on(options, name):
+    return name in options and options[name][:1] not in (["False"], ["false"])
+
+
+def number(options, name, default=None):
     try:
-        with open(log, "w", encoding="utf-8") as output, tqdm(unit="update", file=sys.stdout) as bar:
+        return float(options[name][0]) if name in options else default
+    except (ValueError, IndexError):
+        raise TutorialError(f"--{name} takes a number, not {options[name]}.") from None
+
+
+def fitting_batch(gigabytes, config, options):
+    """Queries per GPU whose graph fits into 85 % of its memory if every text is as long as it may be.
+
+    A count, not a measurement: weights, gradients and moments in fp32, and what the layers keep in bf16.
+    """
+    width, layers, words = (config[name] for name in ("hidden_size", "num_hidden_layers", "vocab_size"))
+    fixed = PER_WEIGHT * (words * width + 12 * layers * width**2)
+    once = is_on(options, "gradient_checkpointing")
+    token = width * (layers * KEPT_CHECKPOINTING + KEPT if once else layers * KEPT)
+    if is_on(
+        options, "unified_finetuning"
+    ):  # while a text's sparse vector is made: a row per token, and back
+        token += 3 * 2 * words
+    query, passage = number(options, "query_max_len"), number(options, "passage_max_len")
+    return int(
+        (0.85e9 * gigabytes - fixed) / (token * (query + number(options, "train_group_size") * passage)))
+
+
+def add_options(parser):
+    """Our own options, few on purpose: what stands after "--" goes to FlagEmbedding as it is."""
+    add = parser.add_argument
+    add("--scale", choices=("pocket", "full"), default="pocket", help="MiniLM, or BGE-M3 on GPUs")
+    add("--model", help="minilm, bge-m3 or a model folder; otherwise the scale's own")
+    add("--data", type=Path, help="FlagEmbedding's lines, or a folder of data.py lengths; otherwise made")
+    add("--output", type=Path, help="folder; otherwise one whose name tells runs apart")
+    add("--processes", type=int, help="one per GPU; otherwise as many as there are, 2 on the CPU, 8 to print")
+    add(
+        "--gpu-gb", type=float, help="memory of a GPU, which sets the full batch; otherwise this one's, or 80"
+    )
+    add("--cpu", action="store_true", help="train on the CPU although there is a GPU")
+    add("--deepspeed", action="store_true", help=f"with {DEEPSPEED.name} (install it first)")
+    add("--print", action="store_true", help="print the line that would run, and end")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    parser.set_defaults(gpus=gpus)
+
+
+def parsed(parser, words):
+    """(our own options, FlagEmbedding's arguments as typed after "--")."""
+    words = list(sys.argv[1:] if words is None else words)
+    cut = words.index("--") if "--" in words else len(words)
+    return parser.parse_args(words[:cut]), words[cut + 1 :]
+
+
+def plan(args, theirs, kind, name, presets, more, source):
+    """(processes, folder, FlagEmbedding's options) of a run.
+
+    presets: {scale: (model, queries per update, arguments as typed)}; more: arguments of this variant.
+    source: what makes the data without --data, [(kind for `data.make`, options)], each from the last one's.
+    """
+    model, queries, words = presets[args.scale]
+    model = args.model or model
+    full = args.scale == "full"
+    cpu = args.cpu or not (args.gpus or full)
+    processes = args.processes or (2 if cpu else min(args.gpus, 8 if full else 2) or 8)
+    told = options_of(theirs)
+    for taken in OURS.keys() & told.keys():
+        raise TutorialError(f"--{taken} is set by the recipe's own {OURS[taken]}: put it before the --.")
+    folder, pooling, config = models.described(model, fetch=not args.print)
+    file = args.data.resolve() if args.data else None
+    for step, settings in () if file else source:
+        make = data.place if args.print else data.make
+        file = make(step, **{"model": str(folder), "data": file, **settings})
+    precision = "bf16"  # of a line that is printed for other GPUs; V100 and T4: -- --bf16 False --fp16 True
+    if args.gpus or not full:
+        precision = profiles.training_precision(profiles.PROFILES["pocket"], "cpu" if cpu else "cuda")
+    own = {"model_name_or_path": folder, "train_data": file, "sentence_pooling_method": pooling}
+    own |= {"deepspeed": DEEPSPEED} if args.deepspeed else {}
+    switches = {"use_cpu": cpu, "negatives_cross_device": processes > 1, precision: precision != "fp32"}
+    switches["same_dataset_within_batch"] = file.is_dir()
+    own |= {switch: True for switch, on in switches.items() if on}
+    options = {name: [str(value)] for name, value in own.items() if value}
+    options = options_of(f"{COMMON} {SCALES[args.scale]} {words} {more}") | options | told
+    if "sentence_pooling_method" not in options:
+        raise TutorialError(
+            f"{relative(folder)} has no 1_Pooling/config.json, which says how its vectors are made. Copy it "
+            "from the published model, or for a raw one: -- --sentence_pooling_method mean")
+    if is_on(options, "same_dataset_within_batch"):  # otherwise FlagEmbedding puts "None" before every query
+        options.setdefault("query_instruction_for_retrieval", [""])
+    if full:
+        here = torch.cuda.get_device_properties(0).total_memory / 1e9 if args.gpus else 80
+        batch = fitting_batch(args.gpu_gb or here, config, options)
+    else:
+        batch = queries // processes
+    options.setdefault("per_device_train_batch_size", [str(batch)])
+    if number(options, "per_device_train_batch_size") < 1:
+        raise TutorialError("Not one query fits. Fewer --processes, a larger --gpu-gb, or shorter texts.")
+    names = [name, *([steps.label(folder)] if full or args.model else [])]
+    names += [steps.label(file)] if args.data else []
+    ours = (args.processes, args.cpu, args.deepspeed, args.gpu_gb)
+    typed = [*theirs, *(str(value or "") for value in ours)]
+    names += [files.text_key(typed)[:4]] if any(typed) else []
+    return processes, (args.output or steps.OUTPUT / "-".join(names)).resolve(), options
+
+
+def recipe(args, *settings):
+    """Print the line of a run and, without --print, do what it does. The arguments are those of `plan`."""
+    processes, folder, options = plan(args, *settings)
+    if is_on(options, "same_dataset_within_batch"):
+        print("The batch of each file is the batch_size in its rows.")
+    else:
+        queries = int(number(options, "per_device_train_batch_size")) * processes
+        passages = queries * int(number(options, "train_group_size"))
+        print(f"{queries} queries an update, each against {passages} passages: {passages - 1} negatives.")
+    words = [settings[1], str(processes), str(folder), *words_of(options)]
+    print(shlex.join([sys.executable, str(Path(__file__).resolve()), *words]), flush=True)
+    return None if args.print else main(words)
+
+
+def data_files(options):
+    """The files that FlagEmbedding will read."""
+    paths = [Path(path) for path in options["train_data"]]
+    inside = [sorted(path.glob("*.json*")) if path.is_dir() else [path] for path in paths]
+    if not any(inside):
+        raise TutorialError(f"{options['train_data']} holds no .jsonl file. Make it with recipes/data.py.")
+    return sum(inside, [])
+
+
+def require(processes, options, folder, base):
+    """TutorialError for what would fail or mislead later."""
+    gpus = torch.cuda.device_count()
+    if not is_on(options, "use_cpu") and processes > gpus:
+        raise TutorialError(f"{processes} processes, but {gpus} GPUs here. Lower --processes, or add --cpu.")
+    if "deepspeed" in options and importlib.util.find_spec("deepspeed") is None:
+        raise TutorialError(
+            "DeepSpeed is not installed here. Remedy: pip install deepspeed, or run without --deepspeed.")
+    group, scores = number(options, "train_group_size", 8), is_on(options, "knowledge_distillation")
+    found = {file: data.check_file(file, group, scores) for file in data_files(options)}
+    batch = int(number(options, "per_device_train_batch_size", 8))
+    if is_on(options, "same_dataset_within_batch"):  # a batch from one file: a smaller file would vanish
+        sizes = {file: (one["rows"], one["batch_size"] or batch) for file, one in found.items()}
+    else:
+        sizes = {options["train_data"][0]: (sum(one["rows"] for one in found.values()), batch)}
+    for file, (rows, batch) in sizes.items():
+        if rows < batch * processes:
+            raise TutorialError(
+                f"{relative(file)} has {rows} rows, fewer than one batch of {batch * processes}. "
+                "Lower --per_device_train_batch_size, or the batch_size in the rows of a length group.")
+    size = encoder.weights_file(base).stat().st_size
+    require_run_space(folder, size, 2 * size, keep=2)
+
+
+def cut_off(folder, processes):
+    """The newest whole checkpoint of a run that was cut off, or None; says what will be repeated."""
+    marks = {int(path.parent.name.split("-")[1]): path for path in folder.glob(f"work/checkpoint-*/{WHOLE}")}
+    states = {n: len([*path.parent.glob("rng_state*.pth")]) for n, path in marks.items()}
+    last = max((n for n in marks if states[n] == processes), default=0)
+    log = folder / "train.log"
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    done = max((int(line.split()[1]) for line in lines if line.startswith(PROGRESS)), default=0)
+    if done:
+        print(
+            f"It was cut off after update {done}. It goes on from update {last}: {done - last} are repeated.")
+    return marks[last].parent if last else None
+
+
+def launch(kind, words, folder, processes):
+    """Run `checked_run` under torchrun, show its progress, and keep its output in `train.log`."""
+    torchrun = f"-m torch.distributed.run --standalone --nproc_per_node {processes}"
+    command = [sys.executable, *torchrun.split(), str(ROOT / "recipes" / "checked_run.py")]
+    command += [kind, str(folder / "reports"), *words]
+    threads = str(max(1, (os.cpu_count() or 1) // processes))
+    environment = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", **os.environ}
+    environment |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    log = folder / "train.log"
+    print(f"torchrun, {processes} processes; log in {relative(log)}", flush=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+    try:
+        with open(log, "a", encoding="utf-8") as output, tqdm(unit="update", file=sys.stdout) as bar:
             output.write(shlex.join(command) + "\n")
             for text in process.stdout:
                 output.write(text)
+                output.flush()
                 if text.startswith(PROGRESS):
                     step, total, loss = text.split()[1:]
                     bar.total = int(total)
@@ -265,39 +266,29 @@ def check_ranks(reports, processes):
     TutorialError unless all trained in one group on different rows, ended with the same finite
     parameters, and changed them.
     """
-    missing = [n for n in range(processes) if not (Path(reports) / f"rank-{n}.json").exists()]
+    places = [Path(reports) / f"rank-{n}.json" for n in range(processes)]
+    missing = [n for n, place in enumerate(places) if not place.exists()]
     if missing:
         raise TutorialError(
-            f"Processes {missing} of {processes} left no report in {relative(reports)}: see train.log there."
-        )
-    found = [read_json(Path(reports) / f"rank-{n}.json") for n in range(processes)]
-    sizes = [report["group_size"] for report in found]
-    if set(sizes) != {processes}:
-        raise TutorialError(
-            f"{processes} processes were started, but their groups have the sizes {sizes}: each would "
-            "train alone, and torchrun would still end with status 0. On the CPU, --use_cpu is missing."
-        )
-    if len({report["first_batch"] for report in found}) < processes:
-        raise TutorialError(
-            "Processes saw the same first batch: each trained alone on the same rows, and their parameters "
-            "may well be equal. On the CPU, --use_cpu is missing."
-        )
-    if len({report["after"] for report in found}) > 1:
-        raise TutorialError(
-            "The processes ended with different parameters: gradients were not synchronised, the saved "
-            "model knows only the data of the first process. On the CPU, --use_cpu is missing."
-        )
-    if found[0]["not_finite"]:
-        raise TutorialError(
-            f"Parameters are not finite after training: {found[0]['not_finite'][:5]}. "
-            "Lower the learning rate, or train in bf16 rather than fp16."
-        )
-    if found[0]["after"] == found[0]["before"]:
-        raise TutorialError("Training changed no parameter. Look at train.log.")
-    return found[0]
-
-
-# ---------------------------------------------------------------- the finished model
+            f"Processes {missing} of {processes} left no report in {relative(reports)}: see train.log there.")
+    found = [read_json(place) for place in places]
+    first, sizes = found[0], [report["group_size"] for report in found]
+    alone, hint = set(sizes) != {processes}, "On the CPU, --use_cpu is missing."
+    for wrong, why in (
+        (alone, f"{processes} processes were started, but their groups have the sizes {sizes}: each would "
+         f"train alone, and torchrun would still end with status 0. {hint}"),
+        (not alone and len({report["first_batch"] for report in found}) < processes,
+         "Processes saw the same first batch: each trained alone on the same rows, and their parameters may "
+         f"well be equal. {hint}"),
+        (not alone and len({report["after"] for report in found}) > 1,
+         "The processes ended with different parameters: gradients were not synchronised, the saved model "
+         f"knows only the data of the first process. {hint}"),
+        (first.get("not_finite"), f"Parameters are not finite after training: {first.get('not_finite')}. "
+         "Lower the learning rate, or train in bf16 rather than fp16."),
+        (first.get("after") == first.get("before"), "Training changed no parameter. Look at train.log.")):
+        if wrong:
+            raise TutorialError(why)
+    return first
 
 
 def finish_model(work, base, target, pooling):
@@ -309,111 +300,64 @@ def finish_model(work, base, target, pooling):
     """
     work, base, target = Path(work), Path(base), Path(target)
     config = read_json(work / "config.json")
-    with atomic_folder(target) as folder:
-        for name in companions(base):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(base / name, folder / name)
-        for name in ("config.json", *WEIGHT_FILES, *HEAD_FILES):
+    with files.atomic_folder(target) as folder:
+        encoder.copy_companions(base, folder)
+        for name in ("config.json", *encoder.WEIGHT_FILES, *encoder.HEAD_FILES):
             if (work / name).exists():
                 shutil.copyfile(work / name, folder / name)
-        weights_file(folder)
+        encoder.weights_file(folder)
         models.describe_pooling(folder, config["hidden_size"], pooling)
 
 
-def train(t, file, folder, processes=2, cpu=True, deepspeed=None):
-    """One run from start to the finished, checked `folder/model`. Returns what `done.json` says.
-
-    t: Training. file: JSON lines in FlagEmbedding's form. TutorialError for anything that would fail or
-    mislead later, before torchrun starts where that can be known.
-    """
-    folder, file = Path(folder).resolve(), Path(file).resolve()
-    if t.batch % processes:
-        raise TutorialError(
-            f"A batch of {t.batch} does not divide into {processes} processes. Choose another --batch."
-        )
-    if not cpu and processes > torch.cuda.device_count():
-        raise TutorialError(
-            f"{processes} processes, but {torch.cuda.device_count()} GPUs here. "
-            "Lower --processes, or add --cpu."
-        )
-    if deepspeed and importlib.util.find_spec("deepspeed") is None:
-        raise TutorialError(
-            "DeepSpeed is not installed here. Remedy: pip install deepspeed, or run without --deepspeed."
-        )
-    if t.precision == "auto":
-        t = dataclasses.replace(t, precision=training_precision(PROFILES["pocket"], "cpu" if cpu else "cuda"))
-    if processes == 1:
-        t = dataclasses.replace(t, cross_device=False)  # there is nothing to gather
-    base = models.find_model(t.model)
-    rows = data.check_file(file, group=t.group, scores=t.teacher)
-    if len(rows) < t.batch:
-        raise TutorialError(
-            f"{relative(file)} has {len(rows)} rows, fewer than one batch of {t.batch}. Lower --batch."
-        )
-    size = weights_file(base).stat().st_size
-    require_run_space(folder, size, 3 * size, keep=0)
+def run(kind, processes, folder, options):
+    """One run from start to the finished, checked `folder/model`. Returns what `done.json` says."""
+    folder = Path(folder).resolve()
+    base, work, reports = (
+        models.find_model(options["model_name_or_path"][0]),
+        folder / "work",
+        folder / "reports")
+    require(processes, options, folder, base)
     settings = {
-        **dataclasses.asdict(t),
-        "model": fingerprint(base),
-        "data": sha256_of(file),
+        **{name: values for name, values in options.items() if name not in OURS},
+        "engine": kind,
         "processes": processes,
-        "cpu": cpu,
-        "deepspeed": bool(deepspeed),
-    }
-    found = open_step(folder, settings)
+        "model": encoder.fingerprint(base),
+        "data": files.text_key([files.sha256_of(file) for file in data_files(options)])}
+    found = steps.open_step(folder, settings, keep=("work", "train.log"))
     if found:
         return found
-    work, reports = folder / "work", folder / "reports"
     reports.mkdir()
-    line = flags(
-        t, str(base), str(file), str(work), t.batch // processes, clip_at(t, processes), cpu, deepspeed
-    )
-    launch(t, file, line, reports, processes)
+    words = [*words_of(options), "--output_dir", str(work), "--cache_path", str(folder / "cache")]
+    if checkpoint := cut_off(folder, processes):
+        words += ["--resume_from_checkpoint", str(checkpoint)]
+    launch(kind, words, folder, processes)
     report = check_ranks(reports, processes)
     print(
         f"All {processes} processes trained as one group and ended with the same parameters "
-        f"({report['after'][:12]}): {report['steps']} updates, {report['seconds']:.0f} s."
-    )
-    finish_model(work, base, folder / "model", t.pooling)
-    shutil.rmtree(work)
+        f"({report['after'][:12]}): {report['steps']} updates, {report['seconds']:.0f} s.")
+    finish_model(work, base, folder / "model", options["sentence_pooling_method"][0])
+    for name in (work, folder / "cache"):
+        shutil.rmtree(name)
     losses = [loss for loss in report["losses"] if math.isfinite(loss)]
-    return close_step(
-        folder,
-        {
-            "processes": processes,
-            "updates": report["steps"],
-            "seconds": round(report["seconds"], 1),
-            "cpu_seconds_of_one_process": round(report["cpu_seconds"], 1),
-            "peak_memory_gb_of_one_process": round(report["peak_memory_gb"], 2),
-            "first_loss": losses[0],
-            "last_loss": losses[-1],
-            "losses": losses,
-            "checksum": report["after"],
-        },
-    )
+    found = {
+        "processes": processes,
+        "updates": report["steps"],
+        "losses": losses,
+        "checksum": report["after"]}
+    found |= {
+        "precision": next((kind for kind in ("bf16", "fp16") if is_on(options, kind)), "fp32"),
+        "passages_per_update": processes * report["passages"],
+        "cpu_seconds_of_one_process": round(report["cpu_seconds"], 1),
+        "peak_memory_gb_of_one_process": round(report["peak_memory_gb"], 2)}
+    return steps.close_step(folder, found)
 
 
-def recipe(args, presets, words, source, output, **changes):
-    """Train as the options of a recipe say, and print its GPU command; or, with --gpu-command, only that.
+def main(words=None):
+    words = list(sys.argv[1:] if words is None else words)
+    if len(words) < 4 or words[0] not in ("base", "m3") or not words[1].isdigit():
+        raise TutorialError(f"What is run here is printed by the recipes, --print.\n{__doc__}")
+    return run(words[0], int(words[1]), words[2], options_of(words[3:]))
 
-    words: the recipe as typed, such as "dense.py --hard". source: what `data.make` needs, for the case that
-    --data names no file. changes: what this variant does otherwise than the presets. Returns done.json.
-    """
-    full = dataclasses.replace(presets["full"], **changes)
-    if args.gpu_command or args.scale == "full":
-        full = chosen(args, presets["full"], **changes)
-    where = args.data or data.place(**{**source, "model": full.model}) / "train.jsonl"
-    if args.gpu_command:
-        print(gpu_command(full, words, relative(where)))
-        return None
-    t = chosen(args, presets[args.scale], **changes)
-    found = train(
-        t,
-        args.data or data.make(**{"model": t.model, **source}),
-        output,
-        args.processes,
-        args.cpu,
-        args.deepspeed,
-    )
-    print(gpu_command(full, words, relative(where)))
-    return found
+
+if __name__ == "__main__":
+    steps.run(main)

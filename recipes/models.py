@@ -1,4 +1,7 @@
-"""The models that recipes start from, by name: found, downloaded after an announcement, or made here."""
+"""The models that recipes start from, by name: found, downloaded after an announcement, or made here.
+
+python recipes/models.py bge-m3    # fetches it where it is not there, and prints its folder
+"""
 
 import json
 import shutil
@@ -9,54 +12,47 @@ from tokenizers import Tokenizer
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
 from embedding_tutorial import assets
-from embedding_tutorial.encoder import weights_file
-from embedding_tutorial.files import ROOT, TutorialError, atomic_folder, relative, require_disk, write_json
-from embedding_tutorial.network import hub_offline
+from embedding_tutorial.encoder import Encoder, read_pooling, weights_file
+from embedding_tutorial.files import ROOT, TutorialError, atomic_folder, read_json, write_json
+from embedding_tutorial.profiles import device_of_this_machine
 
-BERT_REPO = "google-bert/bert-base-uncased"
-BERT_REVISION = "86b5e0934494bd15c9632b12f734a8a67f723594"
-BERT_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
+KNOWN = {"minilm": assets.pocket_model_path, "bge-m3": assets.bge_m3_path}
+ABSENT = {  # of published models in models/: what a line for another machine has to know
+    "bge-m3": ("cls", {"hidden_size": 1024, "num_hidden_layers": 24, "vocab_size": 250_002}),
+    "bert-base-uncased": (None, {"hidden_size": 768, "num_hidden_layers": 12, "vocab_size": 30_522})}
 
 
 def find_model(name):
-    """The folder of a model: "minilm", "bge-m3", "bert-base-uncased", or a path. TutorialError if none."""
-    if name == "minilm":
-        return assets.pocket_model_path()
-    if name == "bge-m3":
-        return assets.bge_m3_path()
-    if name == "bert-base-uncased":
-        return bert_base()
+    """The folder of a model: a path, "minilm", or "bge-m3", also as a path in models/."""
     folder = Path(name).resolve()
+    if name in KNOWN or folder.name in KNOWN and folder.parent == ROOT / "models":
+        return KNOWN[folder.name]()
     if not folder.is_dir():
         raise TutorialError(
-            f"{name} is neither minilm, bge-m3, bert-base-uncased nor a folder. Look at --model."
-        )
+            f"{name} is neither {' nor '.join(KNOWN)} nor a folder. Look at --model; a published one is "
+            "fetched by: hf download NAME --local-dir FOLDER")
     weights_file(folder)
     return folder
 
 
-def bert_base(folder=ROOT / "models" / "bert-base-uncased"):
-    """bert-base-uncased (0.44 GB), downloaded once to `models/`."""
-    if all((folder / name).exists() for name in BERT_FILES):
-        return folder
-    if hub_offline():
-        raise TutorialError(
-            f"{relative(folder)} is not there and HF_HUB_OFFLINE forbids a download. Use --start small."
-        )
-    from huggingface_hub import snapshot_download
+def described(name, fetch=True):
+    """(folder, pooling or None, configuration) of a model; without fetch of one that is not here yet, too."""
+    place = ROOT / "models" / name if name in ABSENT else name
+    here = name not in ABSENT or (assets.local_bge_m3() if name == "bge-m3" else place.is_dir())
+    if not (here or fetch):
+        print(f"{name} is not on this machine; the line below looks for it in models/.")
+        return place, *ABSENT[name]
+    folder = find_model(place)
+    pooled = (folder / "1_Pooling" / "config.json").exists()
+    return folder, read_pooling(folder) if pooled else None, read_json(folder / "config.json")
 
-    require_disk(folder.parent, 0.5, BERT_REPO)
-    print(f"Downloading {BERT_REPO} (0.44 GB) into {relative(folder)}")
-    partial = folder.with_name(f".{folder.name}.partial")
-    try:
-        snapshot_download(
-            BERT_REPO, revision=BERT_REVISION, allow_patterns=list(BERT_FILES), local_dir=partial
-        )
-    except Exception as error:  # the hub raises many types; all mean that the model is out of reach
-        raise TutorialError(f"{BERT_REPO} could not be downloaded ({error}). Use --start small.") from error
-    describe_pooling(partial, 768, "mean")
-    partial.rename(folder)
-    return folder
+
+def load(folder, max_length=512):
+    """An Encoder on this machine's device that reads max_length tokens, or as many as the model can."""
+    config = read_json(Path(folder) / "config.json")
+    places = config["max_position_embeddings"]
+    places -= 0 if config["model_type"] == "bert" else config["pad_token_id"] + 1
+    return Encoder(folder, min(max_length, places)).to(device_of_this_machine()).eval()
 
 
 def small_bert(folder, layers=2, hidden=128, seed=42):
@@ -64,17 +60,11 @@ def small_bert(folder, layers=2, hidden=128, seed=42):
     base, folder = assets.pocket_model_path(), Path(folder)
     tokenizer = AutoTokenizer.from_pretrained(base)
     torch.manual_seed(seed)
-    model = BertModel(
-        BertConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=hidden // 32,
-            intermediate_size=4 * hidden,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-        )
-    )
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=hidden, num_hidden_layers=layers,
+        num_attention_heads=hidden // 32, intermediate_size=4 * hidden,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model = BertModel(config)
     with atomic_folder(folder) as target:
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
@@ -84,24 +74,13 @@ def small_bert(folder, layers=2, hidden=128, seed=42):
 
 def describe_pooling(folder, dims, pooling):
     """Write the files by which SentenceTransformer and `Encoder` know how a vector is made."""
-    parts = (("0", "", "Transformer"), ("1", "1_Pooling", "Pooling"), ("2", "2_Normalize", "Normalize"))
-    write_json(
-        folder / "modules.json",
-        [
-            {"idx": int(number), "name": number, "path": path, "type": f"sentence_transformers.models.{kind}"}
-            for number, path, kind in parts
-        ],
-    )
-    write_json(
-        folder / "1_Pooling" / "config.json",
-        {
-            "word_embedding_dimension": dims,
-            "pooling_mode_cls_token": pooling == "cls",
-            "pooling_mode_mean_tokens": pooling == "mean",
-            "pooling_mode_max_tokens": False,
-            "pooling_mode_mean_sqrt_len_tokens": False,
-        },
-    )
+    parts = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    kinds = [(path, f"sentence_transformers.models.{kind}") for path, kind in parts.items()]
+    modules = [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in enumerate(kinds)]
+    modes = {"cls_token": pooling == "cls", "mean_tokens": pooling == "mean", "max_tokens": False}
+    how = {f"pooling_mode_{name}": on for name, on in (modes | {"mean_sqrt_len_tokens": False}).items()}
+    write_json(folder / "modules.json", modules)
+    write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": dims, **how})
     (folder / "2_Normalize").mkdir(exist_ok=True)
     if not (folder / "sentence_bert_config.json").exists():
         write_json(folder / "sentence_bert_config.json", {"max_seq_length": 512, "do_lower_case": False})
@@ -120,8 +99,7 @@ def pocket_m3(folder, texts, base=None, seed=42):
     model, tokenizer = AutoModel.from_pretrained(base), AutoTokenizer.from_pretrained(base)
     tokenizer, kept = trimmed(tokenizer, texts)
     model.embeddings.word_embeddings = torch.nn.Embedding.from_pretrained(
-        model.embeddings.word_embeddings.weight.data[kept], freeze=False
-    )
+        model.embeddings.word_embeddings.weight.data[kept], freeze=False)
     model.config.vocab_size, hidden = len(kept), model.config.hidden_size
     torch.manual_seed(seed)
     with atomic_folder(folder) as target:
@@ -141,29 +119,17 @@ def trimmed(tokenizer, texts):
     WordPiece takes the longest entry that matches, so these texts are cut as before. The entries up to
     the last special one keep their ids.
     """
-    used = {
-        number
-        for row in tokenizer(list(texts), truncation=False, padding=False)["input_ids"]
-        for number in row
-    }
+    rows = tokenizer(list(texts), truncation=False, padding=False)["input_ids"]
+    used = {number for row in rows for number in row}
     vocabulary, fixed = tokenizer.get_vocab(), max(tokenizer.all_special_ids)
-    kept = sorted(
-        number
-        for word, number in vocabulary.items()
-        if number <= fixed or number in used or len(word.removeprefix("##")) == 1
-    )
+    single = {number for word, number in vocabulary.items() if len(word.removeprefix("##")) == 1}
+    kept = sorted({*range(fixed + 1), *used, *single})
     words = {number: word for word, number in vocabulary.items()}
     plan = json.loads(tokenizer.backend_tokenizer.to_str())
     plan["model"]["vocab"] = {words[old]: new for new, old in enumerate(kept)}
     plan["truncation"] = plan["padding"] = None
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(plan)),
-        model_max_length=512,
-        unk_token=tokenizer.unk_token,
-        pad_token=tokenizer.pad_token,
-        mask_token=tokenizer.mask_token,
-        cls_token=tokenizer.cls_token,
-        sep_token=tokenizer.sep_token,
-        bos_token=tokenizer.cls_token,
-        eos_token=tokenizer.sep_token,
-    ), kept
+    special = {
+        f"{name}_token": getattr(tokenizer, f"{name}_token") for name in ("unk", "pad", "mask", "cls", "sep")}
+    special |= {"bos_token": tokenizer.cls_token, "eos_token": tokenizer.sep_token}
+    plain = Tokenizer.from_str(json.dumps(plan))
+    return PreTrainedTokenizerFast(tokenizer_object=plain, model_max_length=512, **special), kept

@@ -1,10 +1,9 @@
 """All five recipes at pocket scale, one after the other: what `make recipes` runs.
 
-    python recipes/run_all.py                   # under 10 minutes on 2 quiet CPU cores
-    python recipes/run_all.py --train-notebook  # also notebook 01's own run, where it is not there yet
+    python recipes/run_all.py    # under 8 minutes on 2 quiet CPU cores
 
 A finished step is skipped, so an interrupted run goes on where it stopped. Writes recipes/results.json,
-the tables in recipes/README.md and images/recipes_comparison.png. Every finding is computed from them.
+the marked parts of recipes/README.md and images/recipes_comparison.png. Every number there comes from here.
 """
 
 import json
@@ -16,142 +15,152 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from embedding_tutorial import finetune, training  # noqa: E402
-from embedding_tutorial.assets import pocket_model_path  # noqa: E402
-from embedding_tutorial.files import ROOT, atomic_file, read_json, relative, text_key, write_json  # noqa: E402
-from embedding_tutorial.profiles import PROFILES  # noqa: E402
+from embedding_tutorial import files, finetune, pairs  # noqa: E402
+from embedding_tutorial.files import ROOT, atomic_file, read_json, relative, write_json  # noqa: E402
+from embedding_tutorial.reports import shortened  # noqa: E402
 from recipes import compare, data, dense, raw_bert, steps, unified  # noqa: E402
 
 NOTEBOOK = ROOT / "models" / "MiniLM-finetuned" / "merged"
-OWN_NOTEBOOK = steps.OUTPUT / "notebook" / "fine-tuned"
 RESULTS, README = ROOT / "recipes" / "results.json", ROOT / "recipes" / "README.md"
 FIGURE = ROOT / "images" / "recipes_comparison.png"
-START, END = "<!-- results: written by run_all.py -->", "<!-- end of results -->"
+END = "<!-- end -->"
 
-HARD = "recipes/output/data/hard-7-dense/train.jsonl"
-DENSE, DENSE_HARD = "recipes/output/dense/model", "recipes/output/dense-hard/model"
-STEPS = [  # (recipe, its arguments), as they could be typed one by one
-    (data, "random --count 10"),
-    (data, "random --count 50"),
-    (dense, ""),
-    (data, f"hard --count 7 --model {DENSE}"),
-    (dense, f"--hard --model {DENSE} --data {HARD} --epochs 1"),
-    (unified, f"--data {HARD}"),
-    (data, f"teacher --data {HARD} --model {DENSE_HARD}"),
-    (unified, f"--teacher {DENSE_HARD} --data recipes/output/data/teacher/train.jsonl"),
-    (raw_bert, "--start small --negatives 10"),
-    (raw_bert, "--start small --negatives 50"),
-]
+OUT, DATA = "recipes/output", "recipes/output/data"
+RANDOM, HARD, TAUGHT = (f"{DATA}/{name}/train.jsonl" for name in ("random-10", "hard-7-dense", "taught"))
+DENSE, DENSE_HARD = f"{OUT}/dense/model", f"{OUT}/dense-hard/model"
+RUNS = [  # (name in the table, folder, what it is compared with, recipe, its arguments, those behind "--")
+    ("dense", "dense", "MiniLM, ready-made", dense, "", ""),
+    ("dense, then hard negatives", "dense-hard", "dense", dense,
+     f"--hard --model {DENSE} --data {HARD}", ""),
+    ("dense, taught", "dense-taught", "MiniLM, ready-made", dense,
+     f"--teacher {DENSE_HARD} --data {TAUGHT}", "--train_group_size 2"),
+    ("MRL", "dense-mrl", "dense", dense, "", "--use_mrl True --mrl_dims 64 128 384"),
+    ("dense, in length groups", "dense-lengths", "dense", dense, f"--data {DATA}/lengths/groups", ""),
+    ("unified, plain", "unified-plain", "unified, before", unified, f"--plain --data {HARD}", ""),
+    ("unified, self-distilled", "unified", "unified, plain", unified, f"--data {HARD}", ""),
+    ("unified, taught", "unified-taught", "unified, self-distilled", unified,
+     f"--teacher {DENSE_HARD} --data {TAUGHT}", ""),
+    ("small BERT, no negatives", "raw-bert-0", "small BERT, before", raw_bert, "--negatives 0", ""),
+    ("small BERT, 10 negatives", "raw-bert-10", "small BERT, no negatives", raw_bert, "--negatives 10", ""),
+    ("small BERT, 50 negatives", "raw-bert-50", "small BERT, 10 negatives", raw_bert, "--negatives 50", "")]
+BEFORE = {  # what has to be there before a run: arguments of data.py
+    "dense": "random --count 10",
+    "dense-hard": f"hard --model {DENSE}",
+    "dense-taught": f"teacher --data {HARD} --model {DENSE_HARD} --output {DATA}/taught",
+    "dense-lengths": f"lengths --data {RANDOM} --output {DATA}/lengths --bounds 48 96 256 --tokens 4096"}
 MODELS = {  # name in the table: model
     "MiniLM, ready-made": "minilm",
-    "dense": DENSE,
-    "dense, then hard negatives": DENSE_HARD,
-    "unified, before": "recipes/output/minilm-m3",
-    "unified, self-distilled": "recipes/output/unified/model",
-    "unified, taught": "recipes/output/unified-teacher/model",
-    "small BERT, before": "recipes/output/small-bert",
-    "small BERT, 10 negatives": "recipes/output/raw-bert-10/model",
-    "small BERT, 50 negatives": "recipes/output/raw-bert-50/model",
-}
-TRAINED = ("dense", "dense-hard", "unified", "unified-teacher", "raw-bert-10", "raw-bert-50")
-QUESTIONS = [  # (question, row before, row after); a row is (name, mode)
-    (
-        "FlagEmbedding (2 epochs) instead of notebook 01 (10 epochs, merged halfway)",
-        ("notebook 01", "dense"),
-        ("dense", "dense"),
-    ),
-    ("Training at all (dense)", ("MiniLM, ready-made", "dense"), ("dense", "dense")),
-    ("A second stage with mined negatives", ("dense", "dense"), ("dense, then hard negatives", "dense")),
-    *(
-        (f"Unified training, {mode}", ("unified, before", mode), ("unified, self-distilled", mode))
-        for mode in ("dense", "sparse", "ColBERT", "weighted sum")
-    ),
-    (
-        "The weighted sum instead of dense alone",
-        ("unified, self-distilled", "dense"),
-        ("unified, self-distilled", "weighted sum"),
-    ),
-    (
-        "A teacher instead of self-distillation, weighted sum",
-        ("unified, self-distilled", "weighted sum"),
-        ("unified, taught", "weighted sum"),
-    ),
-    (
-        "Raw BERT: training with 10 random negatives",
-        ("small BERT, before", "dense"),
-        ("small BERT, 10 negatives", "dense"),
-    ),
-    (
-        "Raw BERT: 50 random negatives instead of 10",
-        ("small BERT, 10 negatives", "dense"),
-        ("small BERT, 50 negatives", "dense"),
-    ),
-    (
-        "Raw BERT with 50 negatives instead of the ready-made model",
-        ("MiniLM, ready-made", "dense"),
-        ("small BERT, 50 negatives", "dense"),
-    ),
-]
+    "unified, before": f"{OUT}/minilm-m3",
+    "small BERT, before": f"{OUT}/small-bert",
+    **{name: f"{OUT}/{folder}/model" for name, folder, *_ in RUNS},
+    "dense, 64 of 384 dimensions": f"{DENSE}@64",
+    "MRL, 64 of 384 dimensions": f"{OUT}/dense-mrl/model@64"}
+PAIRS = [(before, name) for name, _, before, *_ in RUNS] + [  # (before, after): each mode that both have
+    ("notebook 01", "dense"),
+    ("dense, 64 of 384 dimensions", "MRL, 64 of 384 dimensions"),
+    ("MiniLM, ready-made", "small BERT, no negatives")]
 
 
-def notebook_model(train_it):
-    """The folder of notebook 01's own result, or None with a message. train_it: where it is missing."""
-    pairs = data.tutorial_pairs()
-    key = text_key([json.dumps(pair, sort_keys=True) for part in pairs for pair in part])
-    for folder in (NOTEBOOK, OWN_NOTEBOOK):
-        if folder.exists():
-            if read_json(folder.parent / "config.json")["data"] == key:
-                return folder
-            print(f"{relative(folder)} was trained on other pairs than these: not compared.")
-    if train_it:
-        print("$ notebook 01's own training (one run: the pocket profile's values)")
-        config = finetune.TrainConfig(**PROFILES["pocket"].config("cpu"))
-        training.train(pocket_model_path(), *pairs, config, OWN_NOTEBOOK.parent)
-        return OWN_NOTEBOOK
-    print(
-        f"{relative(NOTEBOOK)} is not there, so the notebook's own result is no row. Run notebook 01 in the "
-        "pocket profile, or add --train-notebook."
-    )
-    return None
+def commands():
+    """(recipe, its arguments) of all steps, as they could be typed one by one."""
+    for _, folder, _, recipe, ours, theirs in RUNS:
+        if folder in BEFORE:
+            yield data, BEFORE[folder]
+        yield recipe, f"{ours} --output {OUT}/{folder}{theirs and f' -- {theirs}'}"
+
+
+def notebook_model():
+    """The folder of notebook 01's own result, or None with a message."""
+    parts = data.tutorial_pairs()
+    key = files.text_key([json.dumps(pair, sort_keys=True) for part in parts for pair in part])
+    if NOTEBOOK.exists() and read_json(NOTEBOOK.parent / "config.json")["data"] == key:
+        return NOTEBOOK
+    print(f"{relative(NOTEBOOK)}, trained on these pairs, is not there: run notebook 01 (pocket profile).")
 
 
 def findings(rows):
-    """One sentence for each question whose two rows exist, from the reciprocal ranks of the same queries."""
-    ranks = {(row["name"], row["mode"]): np.asarray(row["ranks"]) for row in rows}
-    found = []
-    for question, before, after in QUESTIONS:
-        if before in ranks and after in ranks:
-            old, new = 1 / ranks[before], 1 / ranks[after]
-            mean, low, high = finetune.bootstrap_interval(new - old)
-            p = finetune.sign_flip_test(new - old)
-            verdict = (
-                ("better" if mean > 0 else "worse")
-                if p < 0.05
-                else "no difference that these queries can show"
-            )
-            found.append(
-                f"{question}: MRR {old.mean():.3f} → {new.mean():.3f}, "
-                f"{mean:+.3f} [{low:+.3f}, {high:+.3f}], p = {p:.4f}: {verdict}."
-            )
+    """One sentence for each of PAIRS and each mode, from the reciprocal ranks of the same queries."""
+    ranks, found = {(row["name"], row["mode"]): np.asarray(row["ranks"]) for row in rows}, []
+    for before, after in PAIRS:
+        for mode in ("dense", "sparse", "ColBERT", "weighted sum"):
+            if (before, mode) in ranks and (after, mode) in ranks:
+                old, new = 1 / ranks[before, mode], 1 / ranks[after, mode]
+                (mean, low, high), p = (
+                    finetune.bootstrap_interval(new - old),
+                    finetune.sign_flip_test(new - old))
+                verdict = "better" if mean > 0 else "worse"
+                found.append(
+                    f"{before} → {after} ({mode}): MRR {old.mean():.3f} → {new.mean():.3f}, {mean:+.3f} "
+                    f"[{low:+.3f}, {high:+.3f}], p = {p:.4f}: "
+                    f"{verdict if p < 0.05 else 'no difference that these queries can show'}.")
     return found
 
 
+def markdown(header, rows):
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [header, ["---"] * len(header), *rows])
+
+
+def one_line(text, width=90):
+    return shortened(" ".join(text.split()), width).replace("|", "\\|").replace("`", "'")
+
+
+def example(results):
+    """The first training row, as FlagEmbedding reads it."""
+    row = results["row"]
+    cells = [
+        ("query", row["query"]),
+        *(("pos", text) for text in row["pos"]),
+        *(("neg", t) for t in row["neg"][:3])]
+    table = markdown(("field", "text"), [(name, f"`{one_line(text)}`") for name, text in cells])
+    return f"{table}\n\nand {len(row['neg']) - 3} negatives more."
+
+
+def negatives(results):
+    """What each query is compared with, and what came of it, at equal passages per update."""
+    rows, cells = {row["name"]: "{:.3f} [{:.3f}, {:.3f}]".format(*row["mrr"]) for row in results["rows"]}, []
+    for count in (0, 10, 50):
+        run = results["runs"][f"raw-bert-{count}"]
+        passages, seconds = run["passages_per_update"], f"{run['cpu_seconds_of_one_process']:.0f}"
+        numbers = (count, passages // (count + 1), passages, passages - 1, run["updates"], seconds)
+        cells.append((*numbers, rows[f"small BERT, {count or 'no'} negatives"]))
+    cells += [(name, *[""] * 5, rows[name]) for name in ("small BERT, before", "MiniLM, ready-made")]
+    header = (
+        "negatives in the row",
+        "queries an update",
+        "passages an update",
+        "each query is compared with")
+    return markdown((*header, "updates", "CPU s", "MRR"), cells)
+
+
+def search(results):
+    """The query that gained most, and its first five before and after."""
+    found, cells = results["search"], []
+    for rank, both in enumerate(zip(found["before"], found["after"], strict=True), 1):
+        marks = ["**right** " if text == found["right"] else "" for _, text in both]
+        shown = [f"{s:.3f} {mark}`{one_line(text, 60)}`" for mark, (s, text) in zip(marks, both, strict=True)]
+        cells.append((rank, *shown))
+    table = markdown(("", "ready-made", "after dense training"), cells)
+    return f"“{one_line(found['query'], 200)}”\n\n{table}"
+
+
 def report(results):
-    """The part of recipes/README.md between its two markers."""
+    """The long table, the runs and the findings."""
+    header = (
+        "run",
+        "precision",
+        "processes",
+        "updates",
+        "CPU s of one",
+        "whole step, s",
+        "GB of one",
+        "loss")
     runs = [
-        "| run | precision | processes | updates | CPU s of one | whole step, s | GB of one | loss |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, run in results["runs"].items():
-        runs.append(
-            f"| {name} | {run['precision']} | {run['processes']} | {run['updates']} | "
-            f"{run['cpu_seconds_of_one_process']:.0f} | {run['wall_seconds']:.0f} | "
-            f"{run['peak_memory_gb_of_one_process']:.1f} | "
-            f"{run['first_loss']:.2f} → {run['last_loss']:.2f} |"
-        )
+        (name, run["precision"], run["processes"], run["updates"], f"{run['cpu_seconds_of_one_process']:.0f}",
+         f"{run['wall_seconds']:.0f}", f"{run['peak_memory_gb_of_one_process']:.1f}",
+         f"{run['first_loss']:.2f} → {run['last_loss']:.2f}")
+        for name, run in results["runs"].items()]
     return "\n".join(
         [
-            START,
             f"{results['queries']} validation queries, each against {results['passages']} codes; 95 % "
             f"intervals; reference: {results['reference']}; p: paired sign-flip test of the MRRs.",
             "",
@@ -160,43 +169,48 @@ def report(results):
             f"All steps together took {results['wall_seconds'] / 60:.1f} minutes on {results['cores']} CPU "
             "cores (loading Python not counted).",
             "",
-            *runs,
+            markdown(header, runs),
             "",
             "What these numbers say, and no more:",
             "",
-            *(f"- {line}" for line in results["findings"]),
-            END,
-        ]
-    )
+            *(f"- {line}" for line in results["findings"])])
 
 
-def write_readme(text, path):
-    """Replace what stands between the two markers."""
-    old = path.read_text(encoding="utf-8")
-    before, rest = old.split(START)
+PARTS = {"row": example, "negatives": negatives, "search": search, "results": report}
+
+
+def write_part(name, text, path):
+    """Replace what stands in a file between a marker and the next END."""
+    before, rest = path.read_text(encoding="utf-8").split(start := f"<!-- {name}: generated -->")
     with atomic_file(path, "w") as file:
-        file.write(before + text + rest.split(END)[1])
+        file.write(f"{before}{start}\n{text}\n{END}{rest.split(END, 1)[1]}")
 
 
 def main(words=None):
-    parser = steps.parser(__doc__)
-    parser.add_argument(
-        "--train-notebook", action="store_true", help="train notebook 01's model where it is missing"
-    )
-    args = parser.parse_args(words)
+    steps.parser(__doc__).parse_args(words)
     os.chdir(ROOT)  # the paths above start there
-    for number, (recipe, options) in enumerate(STEPS, 1):
+    every = list(commands())
+    for number, (recipe, options) in enumerate(every, 1):
         name = Path(recipe.__file__).name
-        print(f"\n[{number}/{len(STEPS) + 1}] $ python recipes/{name} {options}", flush=True)
+        print(f"\n[{number}/{len(every) + 1}] $ python recipes/{name} {options}", flush=True)
         recipe.main(options.split())
-    notebook = notebook_model(args.train_notebook)
-    models = {**MODELS, **({"notebook 01": str(notebook)} if notebook else {})}
-    print(
-        f"\n[{len(STEPS) + 1}/{len(STEPS) + 1}] python recipes/compare.py with {len(models)} checkpoints",
-        flush=True,
-    )
-    compare.main([word for name, model in models.items() for word in ("--checkpoint", f"{name}={model}")])
+    notebook = notebook_model()
+    listed = {**MODELS, **({"notebook 01": str(notebook)} if notebook else {})}
+    print(f"\n[{len(every) + 1}/{len(every) + 1}] compare.py with {len(listed)} checkpoints", flush=True)
+    compare.main([word for name, model in listed.items() for word in ("--checkpoint", f"{name}={model}")])
     collect()
+
+
+def searched(rows):
+    """The query that dense training moved up most, with its first five before and after."""
+    ranks = {row["name"]: 1 / np.array(row["ranks"]) for row in rows if row["mode"] == "dense"}
+    train, asked = data.tutorial_pairs()
+    pair = asked[int((ranks["dense"] - ranks["MiniLM, ready-made"]).argmax())]
+    passages = pairs.passages_of([*asked, *train])
+    found = {
+        side: compare.top(model, pair["query"], passages)
+        for side, model in (("before", "minilm"), ("after", DENSE))}
+    return {"query": pair["query"], "right": pair["pos_doc"], **found}
 
 
 def collect():
@@ -204,8 +218,7 @@ def collect():
     done = {
         path.parent.relative_to(steps.OUTPUT).as_posix(): read_json(path)
         for path in steps.OUTPUT.rglob("done.json")
-        if ".previous" not in str(path)
-    }
+        if ".previous" not in str(path)}
     results = read_json(steps.OUTPUT / "comparison" / "results.json")
     results |= {
         "scale": "pocket",
@@ -214,19 +227,19 @@ def collect():
         "wall_seconds": round(sum(step["wall_seconds"] for step in done.values()), 1),
         "runs": {
             name: {key: value for key, value in done[name].items() if key != "losses"}
-            | {"precision": read_json(steps.OUTPUT / name / "recipe.json")["precision"]}
-            for name in TRAINED
-        },
+            | {"first_loss": done[name]["losses"][0], "last_loss": done[name]["losses"][-1]}
+            for _, name, *_ in RUNS},
         "findings": findings(results["rows"]),
-    }
+        "row": json.loads((ROOT / RANDOM).open(encoding="utf-8").readline()),
+        "search": searched(results["rows"])}
     write_json(RESULTS, results)
     compare.figure(results, FIGURE)
-    write_readme(report(results), README)
+    for name, part in PARTS.items():
+        write_part(name, part(results), README)
     print("\n".join(results["findings"]))
     print(
         f"Written: {relative(RESULTS)}, {relative(README)}, {relative(FIGURE)}"
-        f" ({results['wall_seconds']:.0f} s in all)"
-    )
+        f" ({results['wall_seconds']:.0f} s in all)")
 
 
 if __name__ == "__main__":

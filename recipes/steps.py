@@ -12,15 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-from embedding_tutorial.files import (
-    ROOT,
-    TutorialError,
-    move_aside,
-    read_json,
-    recover,
-    relative,
-    write_json,
-)
+from embedding_tutorial import files
+from embedding_tutorial.files import ROOT, TutorialError, move_aside, read_json, recover, write_json
 
 OUTPUT = ROOT / "recipes" / "output"
 
@@ -34,6 +27,13 @@ def parser(text):
     return argparse.ArgumentParser(description=text, formatter_class=Formatter)
 
 
+def label(path):
+    """A short name for a model folder or a data file: that of its own folder where its name says nothing."""
+    path = Path(path)
+    return (
+        path.parent.name if path.stem in ("model", "train", "groups", "merged", "fine-tuned") else path.stem)
+
+
 def run(main):
     """Call `main`; a TutorialError ends the program with its message and status 1."""
     try:
@@ -42,38 +42,36 @@ def run(main):
         sys.exit(f"Stopped: {error}")
 
 
-def open_step(folder, settings):
+def open_step(folder, settings, keep=()):
     """Prepare `folder` for a step. Returns what it found if it has already finished, else None.
 
-    settings: a dict that JSON can hold, everything that changes the result. TutorialError for a folder that
-    no recipe made.
+    settings: a dict that JSON can hold, everything that changes the result. keep: what an unfinished step
+    with these settings can go on from; the rest is deleted. TutorialError for a folder that no recipe made.
     """
-    folder = Path(folder)
+    folder, name = Path(folder), files.relative(folder)
     recover(folder)
     marker, done = folder / "recipe.json", folder / "done.json"
     if folder.exists() and not folder.is_dir() or folder.is_dir() and any(folder.iterdir()):
         if not marker.is_file():
             raise TutorialError(
-                f"{relative(folder)} exists and no recipe made it. Nothing was touched: "
-                "choose another --output, or move that folder away."
-            )
+                f"{name} exists and no recipe made it. Nothing was touched: "
+                "choose another --output, or move that folder away.")
         before = read_json(marker)
         if before == settings and done.exists():
-            print(f"{relative(folder)}: already finished with these settings, skipped. Delete it to redo it.")
+            print(f"{name}: already finished with these settings, skipped. Delete it to redo it.")
             return read_json(done)
         if before != settings and done.exists():
             changed = sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name))
             aside = folder.with_name(folder.name + ".previous")
             if aside.exists() and not (aside / "recipe.json").is_file():
-                raise TutorialError(f"{relative(aside)} exists and no recipe made it. Move it away.")
+                raise TutorialError(f"{files.relative(aside)} exists and no recipe made it. Move it away.")
             move_aside(folder, aside)
             print(
-                f"{relative(folder)} was made with other settings ({', '.join(changed)}): now {aside.name}."
-            )
+                f"{name} was made with other settings ({', '.join(changed)}): now {aside.name}.")
         else:
-            print(f"{relative(folder)}: an earlier run did not finish, done again.")
+            print(f"{name}: an earlier run did not finish{'.' if keep else ', done again.'}")
             for entry in folder.iterdir():
-                if entry != marker:
+                if entry != marker and not (before == settings and entry.name in keep):
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     write_json(marker, settings)
@@ -85,5 +83,5 @@ def close_step(folder, found):
     begin = (Path(folder) / "recipe.json").stat().st_mtime
     found = {**found, "wall_seconds": round(time.time() - begin, 1)}
     write_json(Path(folder) / "done.json", found)
-    print(f"Written: {relative(folder)}")
+    print(f"Written: {files.relative(folder)}")
     return found

@@ -3,21 +3,29 @@
 import argparse
 import json
 import math
+import shlex
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    XLMRobertaConfig,
+    XLMRobertaModel,
+)
 
 from embedding_tutorial import profiles
 from embedding_tutorial.assets import pocket_model_path
 from embedding_tutorial.encoder import Encoder, embed
 from embedding_tutorial.files import ROOT, TutorialError, read_json, write_json
 from embedding_tutorial.finetune import evaluate as notebook_evaluate
-from embedding_tutorial.finetune import rank_of_positive, split_pairs
+from embedding_tutorial.finetune import split_pairs
 from embedding_tutorial.pairs import read_mbpp, write_pairs
-from recipes import compare, data, dense, engine, models, raw_bert, run_all, steps, unified
-from recipes.engine import Training
+from recipes import checked_run, compare, data, dense, engine, models, raw_bert, run_all, steps, unified
 
 
 def make_pairs(n=16):
@@ -36,14 +44,26 @@ def tiny(tmp_path_factory):
 
 def test_random_negatives_are_never_right():
     pairs = [*make_pairs(6), {"query": "add 0 to a number", "pos_doc": "lambda x: x"}]
-    rows = data.random_negatives(pairs, 5)
+    rows = list(data.random_negatives(pairs, 5))
     for row in rows:
         assert len(set(row["neg"])) == 5
         assert not set(row["neg"]) & data.positives_of(pairs)[row["query"]]
-    assert data.random_negatives(pairs, 5) == rows
-    assert data.random_negatives(pairs, 5, seed=1) != rows
+    assert list(data.random_negatives(pairs, 5)) == rows
+    assert list(data.random_negatives(pairs, 5, seed=1)) != rows
     with pytest.raises(TutorialError, match="Row 1 can have 5 negatives, not 6"):
-        data.random_negatives(pairs, 6)
+        list(data.random_negatives(pairs, 6))
+
+
+def test_random_negatives_are_drawn_evenly():
+    """Each wrong passage about as often as any other, those beside the right one included."""
+    pairs = [*make_pairs(8), {"query": "add 3 to a number", "pos_doc": "lambda x: x + 3"}]
+    counts = {}
+    for seed in range(2000):
+        rows = data.random_negatives(pairs, 2, seed)
+        row = next(row for row in rows if row["query"] == "add 3 to a number")
+        for text in row["neg"]:
+            counts[text] = counts.get(text, 0) + 1
+    assert len(counts) == 7 and max(abs(n - 4000 / 7) for n in counts.values()) < 100
 
 
 def on_a_line(monkeypatch, place):
@@ -74,7 +94,7 @@ def test_hard_negatives_keep_window_and_margin(monkeypatch):
         data.hard_negatives(pairs, None, count=3, window=(2, 3))
 
 
-def test_hard_negatives_stay_below_a_share_of_the_positive(monkeypatch, tmp_path):
+def test_hard_negatives_stay_below_a_share_of_the_positive(monkeypatch):
     # Scores of q0: its positive 0.90; near 0.87 (0.966 of it), edge 0.85 (0.944), then far ones. The corpus
     # holds "near" and "edge", which are nobody's answers.
     scores = {"p0": 0.90, "near": 0.87, "edge": 0.85, "p1": 0.50, "p2": 0.10}
@@ -94,18 +114,33 @@ def test_hard_negatives_stay_below_a_share_of_the_positive(monkeypatch, tmp_path
     own, other = (math.cos(math.radians(170 - math.degrees(math.acos(s)))) for s in (0.50, 0.10))
     assert own < 0 and (other > own) and found[1]["neg"] == ["p0"]
 
-    file = tmp_path / "corpus.jsonl"
-    file.write_text('{"text": "near"}\n{"pos_doc": "edge"}\n')
-    assert data.corpus_texts(file) == ["near", "edge"]
-    file.write_text('{"text": "near"}\n{"title": "edge"}\n')
-    with pytest.raises(TutorialError, match="corpus.jsonl, row 2: no field 'text' or 'pos_doc'"):
-        data.corpus_texts(file)
-
 
 def test_teacher_scores_are_cosines_over_temperature(monkeypatch):
     on_a_line(monkeypatch, {"q": 0, "p": 0, "n": 60})
-    row = data.teacher_scores([{"query": "q", "pos": ["p"], "neg": ["n"]}], None, temperature=0.5)[0]
+    (row,) = data.teacher_scores(
+        [{"query": "q", "pos": ["p"], "neg": ["n"]}], data.cosines(None), temperature=0.5
+    )
     assert row["pos_scores"] == [2.0] and row["neg_scores"] == [1.0]
+
+
+def test_a_cross_encoder_scores_pairs_by_its_logits(tmp_path, tiny):
+    config = BertConfig.from_pretrained(tiny, num_labels=1)
+    torch.manual_seed(0)
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "cross")
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "cross")
+    models.describe_pooling(tmp_path / "cross", 32, "mean")  # data.make takes its fingerprint as of any model
+    file = tmp_path / "train.jsonl"
+    write_pairs(file, [{"query": f"q{i}", "pos": [f"p{i}"], "neg": ["n", "m"]} for i in range(3)])
+    data.main(["teacher", "--cross", "--temperature", "1", "--data", str(file),
+               "--model", str(tmp_path / "cross"), "--output", str(tmp_path / "out")])  # fmt: skip
+    row = json.loads((tmp_path / "out" / "train.jsonl").read_text().splitlines()[1])
+    tokens = AutoTokenizer.from_pretrained(tiny)(
+        ["q1"] * 3, ["p1", "n", "m"], padding=True, return_tensors="pt"
+    )
+    model = BertForSequenceClassification.from_pretrained(tmp_path / "cross").eval()
+    with torch.no_grad():
+        logits = model(**tokens).logits.flatten().tolist()
+    assert [*row["pos_scores"], *row["neg_scores"]] == pytest.approx(logits, abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -120,12 +155,13 @@ def test_teacher_scores_are_cosines_over_temperature(monkeypatch):
         ({"pos_scores": [1.0]}, "'neg_scores' must have one number"),
         ({"pos_scores": [1.0], "neg_scores": [math.nan]}, "no finite number"),
         ({"pos_scores": [1.0, 2.0], "neg_scores": [0.0]}, "'pos_scores' must have one number"),
+        ({"query": "q"}, "the query of row 1 again"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, change, message):
     good = {"query": "q", "pos": ["p"], "neg": ["n"]}
     file = tmp_path / "train.jsonl"
-    file.write_text("\n".join(json.dumps(row) for row in (good, good | change)))
+    file.write_text("\n".join(json.dumps(row) for row in (good, good | {"query": "other"} | change)))
     with pytest.raises(TutorialError, match="train.jsonl, row 2: .*" + message):
         data.check_file(file, group=2)
 
@@ -144,11 +180,72 @@ def test_a_row_that_is_no_json_is_named(tmp_path):
         data.check_file(file, scores=True)
 
 
+def test_rows_with_one_positive_are_counted(tmp_path, capsys):
+    file = tmp_path / "train.jsonl"
+    rows = [{"query": f"q{i}", "pos": ["same" if i < 3 else f"p{i}"], "neg": []} for i in range(30)]
+    write_pairs(file, rows)
+    assert data.check_file(file)["shared"] == 3  # of three rows each two
+    data.main(["check", str(file), "--batch", "10"])
+    assert "3 pairs of rows have a positive in common" in (said := capsys.readouterr().out)
+    assert "0.33 times in a batch of 10" in said
+
+
+def test_pairs_with_one_query_become_one_row(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    write_pairs(file, [*make_pairs(6), {"query": "add 0 to a number", "pos_doc": "lambda x: x"}])
+    rows = [json.loads(line) for line in data.make("random", tmp_path / "out", count=3, data=file).open()]
+    assert len(rows) == 6 and rows[0]["pos"] == [make_pairs(1)[0]["pos_doc"], "lambda x: x"]
+    assert not any(set(row["pos"]) & set(row["neg"]) for row in rows)
+
+
+def test_many_passages_are_searched_in_lists(monkeypatch):
+    """Above EXACT passages the search is approximate: nearly all true neighbours, the same rules."""
+    monkeypatch.setattr(data, "EXACT", 1000)
+    monkeypatch.setattr(data, "BLOCK", 700)
+    generator = np.random.default_rng(0)
+    centres = generator.normal(size=(40, 16))
+    p = centres[generator.integers(40, size=3000)] + 0.3 * generator.normal(size=(3000, 16))
+    p = (p / np.linalg.norm(p, axis=1, keepdims=True)).astype(np.float16)
+    q = p[:200].astype(np.float32)
+    true = np.argsort(-(q @ p.astype(np.float32).T), axis=1, kind="stable")[:, :10]
+    found = data.index_of(p).search(q, 10)[1]
+    assert np.mean([len({*a} & {*b}) / 10 for a, b in zip(found, true, strict=True)]) > 0.9
+    monkeypatch.setattr(data, "EXACT", 5000)
+    assert (data.index_of(p).search(q, 10)[1][:, 0] == true[:, 0]).mean() > 0.99
+
+    pairs = [{"query": f"q{i}", "pos_doc": f"p{i}"} for i in range(3000)]
+    monkeypatch.setattr(data, "EXACT", 1000)
+    monkeypatch.setattr(data, "vectors", lambda encoder, texts: p[[int(text[1:]) for text in texts]])
+    rows, filled = data.hard_negatives(pairs, None, 3, (1, 20), 0.0)
+    assert filled < 50 and all(row["pos"][0] not in row["neg"] and len({*row["neg"]}) == 3 for row in rows)
+    scores = [q[i] @ p[int(text[1:])] for i in range(200) for text in rows[i]["neg"]]
+    assert np.mean(scores) > np.mean(q @ p.T) + 0.3
+
+
+def test_length_groups_hold_every_row_once(tmp_path, tiny, capsys):
+    words = "one two three four five six seven eight nine ten".split()
+    rows = [
+        {"query": f"query {i}", "pos": [" ".join([f"p{i}", *words * n])], "neg": ["x"]}
+        for i, n in enumerate([0] * 40 + [3] * 30 + [6] * 3 + [20] * 7)
+    ]
+    write_pairs(tmp_path / "train.jsonl", rows)
+    typed = ["lengths", "--data", str(tmp_path / "train.jsonl"), "--output", str(tmp_path / "out")]
+    sizes = ["--bounds", "16", "48", "80", "128", "--tokens", "512"]
+    made = data.main([*typed, "--model", str(tiny), *sizes])
+    files = {file.name: [json.loads(line) for line in file.open()] for file in made.iterdir()}
+    # The 3 rows of up to 80 tokens are fewer than a batch of 2 × 3: they join the longest ones.
+    assert {name: len(found) for name, found in files.items()} == {
+        "up-to-16.jsonl": 40, "up-to-48.jsonl": 30, "up-to-128.jsonl": 10
+    }  # fmt: skip
+    batches = {name: {row.pop("batch_size") for row in found} for name, found in files.items()}
+    assert batches == {"up-to-16.jsonl": {16}, "up-to-48.jsonl": {5}, "up-to-128.jsonl": {2}}
+    assert sorted(sum(files.values(), []), key=str) == sorted(rows, key=str)
+    assert "up to 16 tokens: 40 rows, 16 queries" in capsys.readouterr().out
+
+
 def test_the_data_recipe_as_a_command(tmp_path, tiny, capsys):
     write_pairs(tmp_path / "pairs.jsonl", make_pairs())
-    common = ["--train", str(tmp_path / "pairs.jsonl")]
-    # notebook 01's files are there or both absent; here they stand in a folder of their own
-    write_pairs(tmp_path / "val.jsonl", make_pairs(2))
+    common = ["--data", str(tmp_path / "pairs.jsonl")]
     data.main(["random", *common, "--count", "3", "--output", str(tmp_path / "random")])
     write_pairs(tmp_path / "corpus.jsonl", make_pairs(20)[16:])
     data.main(["hard", *common, "--count", "3", "--window", "1", "12", "--margin", "0", "--model", str(tiny),
@@ -156,8 +253,9 @@ def test_the_data_recipe_as_a_command(tmp_path, tiny, capsys):
                "--output", str(tmp_path / "hard")])  # fmt: skip
     file = tmp_path / "hard" / "train.jsonl"
     data.main(["teacher", "--data", str(file), "--model", str(tiny), "--output", str(tmp_path / "teacher")])
-    rows = data.check_file(tmp_path / "teacher" / "train.jsonl", group=2, scores=True)
-    assert len(rows) == 16 and all(len(row["neg_scores"]) == 3 for row in rows)
+    file_taught = tmp_path / "teacher" / "train.jsonl"
+    assert data.check_file(file_taught, group=2, scores=True)["rows"] == 16
+    assert all(len(json.loads(line)["neg_scores"]) == 3 for line in file_taught.open())
     capsys.readouterr()
     data.main(["random", *common, "--count", "3", "--output", str(tmp_path / "random")])
     assert "already finished" in capsys.readouterr().out
@@ -214,41 +312,221 @@ def test_a_foreign_folder_is_refused_and_not_touched(tmp_path):
 # ---------------------------------------------------------------- commands and checks
 
 
-def line_of(t, **changes):
-    values = {"cpu": True, **changes}
-    return " ".join(engine.flags(t, "M", "T.jsonl", "W", 4, 0.5, **values))
+@pytest.fixture
+def eight_gpus(monkeypatch):
+    """What FlagEmbedding's parser asks of the machine that it runs on, DeepSpeed included."""
+    import accelerate.utils.deepspeed as accelerate
+    import transformers.training_args as arguments
+    from transformers.integrations import deepspeed
+
+    class Config(accelerate.HfDeepSpeedConfig):  # transformers' own begins with what only DeepSpeed brings
+        def trainer_config_process(self, args):
+            assert self.config["zero_optimization"]["stage"] == 1
+
+    monkeypatch.setattr(deepspeed, "HfTrainerDeepSpeedConfig", Config)
+    monkeypatch.setattr("accelerate.utils.DeepSpeedPlugin", lambda hf_ds_config: hf_ds_config)
+    monkeypatch.setattr(arguments, "is_torch_bf16_gpu_available", lambda *args: True, raising=False)
+    monkeypatch.setattr(models.assets, "local_bge_m3", lambda: None)
+    monkeypatch.setattr(models, "ROOT", models.ROOT / "no such folder")
 
 
-def test_the_command_line_knows_the_traps():
-    line = line_of(Training())
-    assert "--use_cpu" in line and "--negatives_cross_device" in line and "--warmup_steps 0.1" in line
-    assert "warmup_ratio" not in line and "overwrite_output_dir" not in line and "resume" not in line
-    assert "--use_cpu" not in line_of(Training(precision="bf16"), cpu=False)
-    sub = Training(engine="m3", sub_batch=4, passage_length=64, self_distill_from=3, freeze_positions=True)
-    line = line_of(sub)
-    assert "--sub_batch_size 4 --pad_to_multiple_of 64" in line and "--fix_position_embedding" in line
-    assert "--use_self_distill True --self_distill_start_step 3" in line
-    assert "--kd_loss_type m3_kd_loss" in line_of(Training(engine="m3", teacher=True))
-    assert engine.clip_at(Training(), 4) == 0.25 and engine.clip_at(Training(cross_device=False), 4) == 1
+def printed(recipe, words, capsys):
+    """(engine, processes, folder, FlagEmbedding's words) of the line that a recipe prints."""
+    capsys.readouterr()
+    assert recipe.main(words) is None
+    line = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert line[:2] == [sys.executable, engine.__file__] and line[3].isdigit()
+    assert not any("…" in word or word.startswith(("recipes/", "models/")) for word in line)
+    return line[2], int(line[3]), line[4], line[5:]
 
 
-@pytest.mark.parametrize(
-    ("recipe", "words", "model"),
-    [
-        (dense, ["--hard"], "models/bge-m3"),
-        (unified, [], "models/bge-m3"),
-        (unified, ["--teacher", "minilm"], "models/bge-m3"),
-        (raw_bert, ["--negatives", "50"], "bert-base-uncased"),
-    ],
-)
-def test_the_gpu_command(recipe, words, model, capsys):
-    recipe.main([*words, "--gpu-command"])
-    text = capsys.readouterr().out
-    assert "GPUS=2 BATCH=" in text and "GPUS=8 BATCH=" in text and "CLIP=0.125" in text
-    assert f"--model_name_or_path {model} " in text and "--bf16" in text and "--use_cpu" not in text
-    assert "recipes/deepspeed_stage1.json" in text and str(ROOT) not in text
-    if words == ["--negatives", "50"]:
-        assert "--train_group_size 51" in text
+def without_data(line):
+    """The words of a line with a file that is there: FlagEmbedding's parser looks for it."""
+    options = engine.options_of(line) | {"train_data": [str(ROOT / "README.md")], "output_dir": ["work"]}
+    return engine.words_of(options)
+
+
+VARIANTS = [
+    (dense, [], {"train_group_size": 1}),
+    (dense, ["--hard"], {"train_group_size": 2}),
+    (dense, ["--teacher", "minilm"], {"train_group_size": 4, "kd_loss_type": "kl_div"}),
+    (unified, [], {"use_self_distill": True, "unified_finetuning": True}),
+    (unified, ["--plain"], {"use_self_distill": False, "knowledge_distillation": False}),
+    (unified, ["--teacher", "minilm"], {"knowledge_distillation": True, "kd_loss_type": "m3_kd_loss"}),
+    (raw_bert, ["--negatives", "50"], {"train_group_size": 51}),
+]
+
+
+@pytest.mark.parametrize("scale", ["pocket", "full"])
+@pytest.mark.parametrize("deepspeed", [False, True])
+@pytest.mark.parametrize(("recipe", "words", "wanted"), VARIANTS)
+def test_flagembedding_parses_every_printed_line(
+    recipe, words, wanted, deepspeed, scale, tmp_path, tiny, capsys, eight_gpus, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"query": "q", "pos": ["p"], "neg": ["n"], "pos_scores": [1.0], "neg_scores": [0.0]}]
+    write_pairs(tmp_path / "my own.jsonl", rows)
+    own = ["--data", "my own.jsonl", "--model", str(tiny), "--output", "my run", "--scale", scale, "--print"]
+    own += ["--deepspeed"] if deepspeed else []
+    theirs = ["--", "--learning_rate", "3e-5", "--num_train_epochs=7", "--bf16_full_eval"]
+    theirs += ["--query_instruction_for_retrieval", "Find: ", "--query-max-len", "33"]
+    kind, processes, folder, line = printed(recipe, [*words, *own, *theirs], capsys)
+    assert processes == (8 if scale == "full" else 2) and folder == str(tmp_path / "my run")
+    line += ["--output_dir", "work"]
+    model, data_, training = checked_run.arguments_of(kind, line)
+    assert model.model_name_or_path == str(tiny) and data_.train_data == [str(tmp_path / "my own.jsonl")]
+    assert training.learning_rate == 3e-5 and training.num_train_epochs == 7 and training.bf16_full_eval
+    assert data_.query_instruction_for_retrieval == "Find: " and data_.query_max_len == 33
+    assert training.sentence_pooling_method == "mean" and training.negatives_cross_device
+    assert training.use_cpu == (scale == "pocket") and training.max_grad_norm == 1
+    assert training.warmup_steps == 0.1 and str(training.save_strategy) == "SaveStrategy.STEPS"
+    assert training.deepspeed == (str(engine.DEEPSPEED) if deepspeed else None)
+    for name, value in wanted.items():
+        assert getattr(data_, name, None) == value or getattr(training, name, None) == value
+
+
+def test_the_line_for_gpus_knows_models_that_are_not_here(capsys, eight_gpus):
+    for recipe, name, pooling in ((dense, "bge-m3", "cls"), (raw_bert, "bert-base-uncased", "mean")):
+        *_, line = printed(recipe, ["--scale", "full", "--print"], capsys)
+        options = engine.options_of(line)
+        assert options["model_name_or_path"] == [str(models.ROOT / "models" / name)]
+        assert options["sentence_pooling_method"] == [pooling] and options["bf16"] == ["True"]
+        assert "use_cpu" not in options
+    theirs = ["--", "--bf16", "False", "--fp16", "True"]  # V100 and T4
+    kind, *_, line = printed(dense, ["--scale", "full", "--print", *theirs], capsys)
+    training = checked_run.arguments_of(kind, without_data(line))[2]
+    assert training.fp16 and not training.bf16
+
+
+def test_runs_that_differ_have_folders_that_differ(tmp_path, tiny, capsys, eight_gpus):
+    write_pairs(tmp_path / "mine.jsonl", [{"query": "q", "pos": ["p"], "neg": ["n"]}])
+    lines = [[*words, *more] for _, words, _ in VARIANTS[:3] for more in (
+        [], ["--scale", "full"], ["--processes", "4"], ["--model", str(tiny)],
+        ["--data", str(tmp_path / "mine.jsonl")], ["--deepspeed"], ["--", "--seed", "7"],
+        ["--", "--seed", "8"],
+    )]  # fmt: skip
+    folders = []
+    for words in lines:
+        cut = words.index("--") if "--" in words else len(words)
+        folders.append(printed(dense, [*words[:cut], "--print", *words[cut:]], capsys)[2])
+    folders += [printed(raw_bert, ["--negatives", n, "--print"], capsys)[2] for n in ("10", "50")]
+    folders += [printed(unified, [*words, "--print"], capsys)[2] for _, words, _ in VARIANTS[3:6]]
+    assert len(set(folders)) == len(folders)
+    kinds = [
+        ("random", {"count": 10}),
+        ("random", {"count": 50}),
+        ("hard", {}),
+        ("hard", {"model": str(tiny)}),
+    ]
+    kinds += [
+        ("teacher", {"data": "a.jsonl"}),
+        ("teacher", {"data": "b.jsonl"}),
+        ("lengths", {"data": "a.jsonl"}),
+    ]
+    assert len({data.place(kind, **options) for kind, options in kinds}) == len(kinds)
+
+
+def test_pooling_is_read_from_the_model(tmp_path, tiny, capsys):
+    config = XLMRobertaConfig(vocab_size=100, hidden_size=32, num_hidden_layers=1, num_attention_heads=1)
+    XLMRobertaModel(config).save_pretrained(tmp_path / "cls")
+    words = ["--print", "--model", str(tmp_path / "cls")]
+    with pytest.raises(TutorialError, match="no 1_Pooling/config.json, which says how its vectors are made"):
+        dense.main(words)
+    options = engine.options_of(printed(dense, [*words, "--", "--sentence_pooling_method", "cls"], capsys)[3])
+    assert options["sentence_pooling_method"] == ["cls"]
+    for pooling in ("cls", "mean"):
+        models.describe_pooling(tmp_path / "cls", 32, pooling)
+        options = engine.options_of(printed(dense, words, capsys)[3])
+        assert options["sentence_pooling_method"] == [pooling]
+
+
+def test_one_gpu_does_not_stop_anything(monkeypatch, capsys):
+    """`make recipes` on a machine with one GPU: one process, nothing to gather, no --use_cpu."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(engine.profiles, "training_precision", lambda profile, device: "fp16")
+    monkeypatch.setattr(engine, "require_run_space", lambda *args, **kwargs: None)
+    file, ran = ROOT / "data" / "pocket_mbpp.json", []
+    monkeypatch.setattr(data, "check_file", lambda *args: {"rows": 1000, "batch_size": None, "shared": 0})
+    monkeypatch.setattr(data, "make", lambda step, **options: file)
+
+    def run(kind, processes, folder, options):
+        engine.require(processes, options, folder, models.find_model(options["model_name_or_path"][0]))
+        ran.append((processes, options))
+
+    monkeypatch.setattr(engine, "run", run)
+    for recipe, words in run_all.commands():
+        if recipe is not data:  # what earlier steps make is not there
+            words = words.replace(run_all.DENSE_HARD, "minilm").replace(run_all.DENSE, "minilm").split()
+            recipe.main([str(file) if word.startswith(run_all.DATA) else word for word in words])
+    assert len(ran) == len(run_all.RUNS)
+    for processes, options in ran:
+        assert processes == 1 and "use_cpu" not in options and "negatives_cross_device" not in options
+        assert options["fp16"] == ["True"]
+
+
+def test_what_the_recipe_sets_itself_is_refused_behind_the_dashes(tiny):
+    for name, own in engine.OURS.items():
+        with pytest.raises(TutorialError, match=f"--{name} is set by the recipe's own {own}"):
+            dense.main(["--print", "--", f"--{name}", "x"])
+    with pytest.raises(TutorialError, match="'3' follows no name"):
+        dense.main(["--print", "--", "3"])
+
+
+def test_a_folder_of_length_groups_asks_no_query_with_none(tmp_path, capsys):
+    options = engine.options_of(printed(dense, ["--data", str(tmp_path), "--print"], capsys)[3])
+    assert options["same_dataset_within_batch"] == ["True"] and options[
+        "query_instruction_for_retrieval"
+    ] == [""]
+
+
+def test_the_batch_that_fits_is_counted(capsys, eight_gpus):
+    """44 bytes per token, layer and hidden unit are what a layer keeps for its backward pass."""
+
+    def kept(layers, texts, length=32, width=64):
+        torch.manual_seed(0)
+        config = XLMRobertaConfig(vocab_size=100, hidden_size=width, num_hidden_layers=layers,
+                                  num_attention_heads=1, intermediate_size=4 * width,
+                                  attention_probs_dropout_prob=0.0)  # fmt: skip
+        model, sizes = XLMRobertaModel(config).train(), {}
+        weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            held.append(tensor)
+            return tensor
+
+        held = []
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
+            torch.autocast("cpu", torch.bfloat16),
+        ):
+            model(input_ids=torch.randint(5, 100, (texts, length)))
+        return sum(sizes.values())
+
+    of_two_layers = kept(4, 8) - kept(2, 8) - (kept(4, 4) - kept(2, 4))  # without what texts have in common
+    assert of_two_layers / (2 * 64 * 4 * 32) == pytest.approx(engine.KEPT, rel=0.05)
+    config, options = models.ABSENT["bge-m3"][1], f"{engine.COMMON} {engine.SCALES['full']}"
+    sizes = [engine.fitting_batch(gb, config, engine.options_of(options)) for gb in (8, 24, 80)]
+    assert sizes[0] < 0 < sizes[1] < sizes[2]
+    once = engine.options_of(f"{options} --gradient_checkpointing True")
+    assert engine.fitting_batch(80, config, once) > 5 * sizes[2]
+    batch = engine.options_of(printed(dense, ["--scale", "full", "--print", "--gpu-gb", "24"], capsys)[3])
+    assert batch["per_device_train_batch_size"] == [str(sizes[1])]
+    with pytest.raises(TutorialError, match="Not one query fits"):
+        dense.main(["--scale", "full", "--print", "--gpu-gb", "8"])
+
+
+def test_scores_are_computed_in_fp32():
+    draws = [torch.randn(8, 64, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    q, p = (torch.nn.functional.normalize(draw, dim=-1) for draw in draws)
+    exact = q @ p.T / 0.02
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = q @ p.T / 0.02
+        mended = checked_run.in_fp32(lambda a, b: a @ b.T / 0.02)(q, p)
+    assert (rounded - exact).abs().max() > 0.02 and (mended - exact).abs().max() < 1e-4
 
 
 def test_the_deepspeed_configuration_keeps_parameters_whole():
@@ -257,26 +535,32 @@ def test_the_deepspeed_configuration_keeps_parameters_whole():
 
 
 @pytest.mark.parametrize(
-    ("t", "options", "message"),
+    ("more", "processes", "message"),
     [
-        (Training(batch=9), {}, "does not divide"),
-        (Training(batch=64), {"cpu": False, "processes": 64}, "GPUs here"),
-        (Training(batch=8), {"deepspeed": "x.json"}, "DeepSpeed is not installed"),
-        (Training(batch=32), {}, "fewer than one batch"),
-        (Training(batch=8, group=2), {}, "row 1: 'neg' is empty"),
-        (Training(batch=8, teacher=True), {}, "'pos_scores'"),
-        (Training(batch=8, model="no/such/model"), {}, "nor a folder"),
+        ("--use_cpu False", 64, "GPUs here"),
+        ("--deepspeed x.json", 2, "DeepSpeed is not installed"),
+        ("--per_device_train_batch_size 16", 2, "fewer than one batch"),
+        ("--train_group_size 2", 2, "row 1: 'neg' is empty"),
+        ("--knowledge_distillation True", 2, "'pos_scores'"),
+        ("--model_name_or_path no/such/model", 2, "nor a folder"),
+        ("--per_device_train_batch_size many", 2, "takes a number"),
     ],
 )
-def test_what_would_fail_fails_before_torchrun(tmp_path, tiny, t, options, message):
+def test_what_would_fail_fails_before_torchrun(tmp_path, tiny, more, processes, message):
     file = tmp_path / "train.jsonl"
-    rows = [{"query": p["query"], "pos": [p["pos_doc"]], "neg": []} for p in make_pairs()]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    if t.model == "minilm":
-        t = Training(**{**vars(t), "model": str(tiny)})
+    write_pairs(file, [{"query": p["query"], "pos": [p["pos_doc"]], "neg": []} for p in make_pairs()])
+    options = engine.options_of(
+        f"{engine.COMMON} --model_name_or_path {tiny} --train_data {file} --sentence_pooling_method mean "
+        f"--per_device_train_batch_size 4 --use_cpu True {more}"
+    )
     with pytest.raises(TutorialError, match=message):
-        engine.train(t, file, tmp_path / "out", **options)
+        engine.run("base", processes, tmp_path / "out", options)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_engine_says_where_its_line_comes_from():
+    with pytest.raises(TutorialError, match="is printed by the recipes"):
+        engine.main(["base", "two"])
 
 
 def write_reports(folder, **second):
@@ -327,26 +611,16 @@ def test_the_trimmed_vocabulary_changes_no_vector(tmp_path):
     assert (folder / "colbert_linear.pt").exists() and (folder / "sparse_linear.pt").exists()
 
 
-def test_a_start_model_is_announced(monkeypatch, capsys):
-    assert raw_bert.start_model("auto", cpu=True) == "small"
-    assert "random weights" in capsys.readouterr().out
-    monkeypatch.setattr(raw_bert.network, "can_reach_hub", lambda: (True, "the hub answers"))
-    assert raw_bert.start_model("auto", cpu=False) == "bert-base-uncased"
-    assert "the hub answers" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("switch", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
-def test_bert_base_needs_a_network(tmp_path, monkeypatch, switch):
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setenv(switch, "1")
-    with pytest.raises(TutorialError, match="--start small"):
-        models.bert_base(tmp_path / "bert-base-uncased")
+def test_a_model_that_is_not_here_says_how_to_fetch_it():
+    for name in ("no/such/model", ROOT / "models" / "bert-base-uncased"):
+        with pytest.raises(TutorialError, match="hf download"):
+            models.find_model(name)
 
 
 # ---------------------------------------------------------------- comparison
 
 
-def test_faiss_gives_the_ranks_of_the_notebook(tiny):
+def test_the_ranks_are_those_of_the_notebook(tiny):
     pairs = make_pairs(30)
     pairs.append({"query": "another", "pos_doc": pairs[0]["pos_doc"]})  # a code that two queries share
     theirs = notebook_evaluate(Encoder(tiny), pairs[:12], candidates=pairs)
@@ -356,21 +630,39 @@ def test_faiss_gives_the_ranks_of_the_notebook(tiny):
     assert ours["rows"][0]["mrr"][0] == pytest.approx(theirs["mrr"])
 
 
-def test_ties_count_against_the_model():
-    q, p = np.array([[1.0, 0.0]]), np.array([[0.5, 0.0], [0.5, 0.0], [0.1, 0.0]])
-    ranks = rank_of_positive(compare.faiss_scores(q, p), [0])
-    assert ranks.tolist() == [2]
+def on_axes(places):
+    """An encoder of texts as given vectors."""
+    return lambda texts: {"dense": np.array([places[text] for text in texts], np.float32)}
+
+
+def test_ties_count_against_the_model_and_right_answers_not_against_each_other(monkeypatch):
+    places = {"q": [1, 0], "r": [1, 0], "a": [0.5, 0], "b": [0.5, 0], "c": [0.1, 0], "d": [0.9, 0]}
+    monkeypatch.setattr(compare, "PASSAGES", 1)  # blocks of one passage
+    encode = on_axes(places)
+    asked = [{"query": "q", "pos_doc": "a"}]
+    assert [r.tolist() for r in compare.evaluate(encode, asked, ["b", "c"])[0]["dense"]] == [[2]]
+    asked = [{"query": "q", "pos_doc": "c", "other_pos_docs": ["a", "b"]}, {"query": "r", "pos_doc": "c"}]
+    for cells in (1, 1000):
+        monkeypatch.setattr(compare, "CELLS", cells)  # one query at a time, or all
+        ranks = compare.evaluate(encode, asked, ["d"])[0]["dense"]
+        assert [r.tolist() for r in ranks] == [[2, 3, 4], [4]]
 
 
 def test_metrics_of_known_ranks():
-    row = compare.row_of("m", "dense", np.array([1, 2, 11]), np.array([1, 2, 11]))
+    one = [np.array([rank]) for rank in (1, 2, 11)]
+    row = compare.row_of("m", "dense", one, one)
     assert row["recall@1"][0] == pytest.approx(1 / 3)
-    assert row["recall@10"][0] == pytest.approx(2 / 3)
+    assert row["recall@10"][0] == pytest.approx(2 / 3) and row["recall@20"][0] == row["recall@100"][0] == 1
     assert row["mrr"][0] == pytest.approx((1 + 1 / 2 + 1 / 11) / 3)
     assert row["ndcg@10"][0] == pytest.approx((1 + 1 / math.log2(3)) / 3)
     assert row["mrr_gain"][0] == 0 and row["p"] == 1
     low, high = row["mrr"][1:]
     assert low < row["mrr"][0] < high
+    several = compare.metrics_of([np.array([2, 3, 40])])
+    ideal = 1 + 1 / math.log2(3) + 1 / 2
+    assert several["ndcg@10"][0] == pytest.approx((1 / math.log2(3) + 1 / 2) / ideal)
+    assert several["recall@1"][0] == 0 and several["recall@5"][0] == 1 and several["mrr"][0] == 0.5
+    assert compare.metrics_of([np.arange(1, 16)])["ndcg@10"][0] == pytest.approx(1)
 
 
 def test_colbert_and_sparse_scores_are_those_of_flagembedding():
@@ -388,28 +680,62 @@ def test_colbert_and_sparse_scores_are_those_of_flagembedding():
 
 
 def test_the_comparison_as_a_command(tmp_path, tiny, capsys):
+    """Own queries in FlagEmbedding's format, two answers each, a corpus of one's own, and nothing else."""
     pairs = make_pairs()
-    write_pairs(tmp_path / "train.jsonl", pairs[:10])
-    write_pairs(tmp_path / "val.jsonl", pairs[10:])
-    m3 = models.pocket_m3(tmp_path / "m3", [text for pair in pairs for text in pair.values()], base=tiny)
+    lines = [
+        {"query": p["query"], "pos": [p["pos_doc"], p["pos_doc"] + "  # again"], "neg": []} for p in pairs
+    ]
+    write_pairs(tmp_path / "val.jsonl", lines[10:])
+    (tmp_path / "corpus.txt").write_text("one\ntwo\nthree\n")
+    words_used = [text for row in lines for text in (row["query"], *row["pos"])]
+    m3 = models.pocket_m3(tmp_path / "m3", [*words_used, "one", "two", "three"], base=tiny)
     words = ["--checkpoint", f"tiny={tiny}", "--checkpoint", f"tiny M3={m3}",
-             "--train", str(tmp_path / "train.jsonl"), "--validation", str(tmp_path / "val.jsonl"),
+             "--checkpoint", f"short={tiny}@8",
+             "--queries", str(tmp_path / "val.jsonl"), "--corpus", str(tmp_path / "corpus.txt"),
              "--output", str(tmp_path / "out")]  # fmt: skip
     compare.main(words)
     results = read_json(tmp_path / "out" / "results.json")
+    assert results["queries"] == 6 and results["passages"] == 12 + 3
     modes = [row["mode"] for row in results["rows"]]
-    assert modes == ["dense", "dense", "sparse", "ColBERT", "weighted sum"]
+    assert modes == ["dense", "dense", "sparse", "ColBERT", "weighted sum", "dense"]
     assert (
         results["rows"][0]["ranks"] == results["rows"][1]["ranks"]
     )  # the heads leave the dense vectors alone
+    with torch.no_grad():
+        texts = [row["query"] for row in lines[10:]], [text for row in lines[10:] for text in row["pos"]]
+        q, p = (embed(Encoder(tiny), part)[:, :8] for part in (texts[0], [*texts[1], "one", "two", "three"]))
+        near = torch.nn.functional.normalize(q, dim=1) @ torch.nn.functional.normalize(p, dim=1).T
+    best = [max(near[i, 2 * i], near[i, 2 * i + 1]) for i in range(6)]
+    wrong = [[s for j, s in enumerate(near[i]) if j not in (2 * i, 2 * i + 1)] for i in range(6)]
+    expected = [1 + sum(s >= b for s in others) for others, b in zip(wrong, best, strict=True)]
+    assert results["rows"][5]["ranks"] == expected
+    assert all(row["queries_per_second"] > 0 for row in results["rows"])
     assert (tmp_path / "out" / "comparison.png").stat().st_size > 10_000
     table = (tmp_path / "out" / "table.md").read_text()
-    assert table.count("\n") == 7 and "tiny M3, ColBERT" in table
+    assert table.count("\n") == 8 and "tiny M3, ColBERT" in table and "Recall@100" in table
     capsys.readouterr()
     compare.main(words)
     assert "already finished" in capsys.readouterr().out
     with pytest.raises(TutorialError, match="NAME=MODEL"):
-        compare.main(["--checkpoint", str(tiny), *words[4:]])
+        compare.main(["--checkpoint", str(tiny), *words[6:]])
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(TutorialError, match="typo.jsonl does not exist"):
+        compare.main(
+            [*words[:6], "--queries", str(tmp_path / "typo.jsonl"), "--output", str(tmp_path / "no")]
+        )
+    assert sorted(tmp_path.rglob("*")) == before  # nothing is written where a path was mistyped
+
+
+def test_top_is_the_order_of_the_scores(tiny):
+    passages = [pair["pos_doc"] for pair in make_pairs(9)]
+    found = compare.top(str(tiny), "add 4 to a number", passages, k=9)
+    with torch.no_grad():
+        q, p = embed(Encoder(tiny), ["add 4 to a number"]), embed(Encoder(tiny), passages)
+    scores = (q @ p.T)[0]
+    assert [text for _, text in found] == [passages[i] for i in scores.argsort(descending=True)]
+    assert [score for score, _ in found] == pytest.approx(
+        scores.sort(descending=True).values.tolist(), abs=1e-6
+    )
 
 
 def test_the_figure_gives_weak_models_an_axis_of_their_own(tmp_path, monkeypatch):
@@ -452,36 +778,42 @@ def test_findings_follow_the_numbers():
 
 
 def test_every_question_asks_about_rows_that_are_made():
-    names = {*run_all.MODELS, "notebook 01"}
-    assert {name for _, *sides in run_all.QUESTIONS for name, _ in sides} <= names
+    assert {name for pair in run_all.PAIRS for name in pair} <= {*run_all.MODELS, "notebook 01"}
+    made = {*(folder for _, folder, *_ in run_all.RUNS), "minilm-m3", "small-bert"}
+    places = [model.split("@")[0].split("/") for model in run_all.MODELS.values() if model != "minilm"]
+    assert {place[2] for place in places} == made
 
 
 def test_the_readme_keeps_what_is_outside_its_markers(tmp_path):
     path = tmp_path / "README.md"
-    path.write_text(f"before\n{run_all.START}\nold\n{run_all.END}\nafter\n")
+    start = "<!-- x: generated -->"
+    path.write_text(f"before\n{start}\nold\n{run_all.END}\nafter\n<!-- y: generated -->\n{run_all.END}\n")
     for text in ("new", "newer"):
-        run_all.write_readme(f"{run_all.START}\n{text}\n{run_all.END}", path)
-        assert path.read_text() == f"before\n{run_all.START}\n{text}\n{run_all.END}\nafter\n"
+        run_all.write_part("x", text, path)
+        assert path.read_text() == (
+            f"before\n{start}\n{text}\n{run_all.END}\nafter\n<!-- y: generated -->\n{run_all.END}\n"
+        )
 
 
-def test_results_are_gathered_from_the_steps(tmp_path, monkeypatch, capsys):
+def test_results_are_gathered_from_the_steps(tmp_path, monkeypatch):
     step = {
         "processes": 2,
+        "precision": "fp32",
         "updates": 3,
-        "cpu_seconds_of_one_process": 3.5,
+        "passages_per_update": 204,
         "wall_seconds": 5.0,
+        "cpu_seconds_of_one_process": 3.5,
         "peak_memory_gb_of_one_process": 1.0,
-        "first_loss": 2.0,
-        "last_loss": 1.0,
         "losses": [2.0, 1.0],
     }
-    for name in (*run_all.TRAINED, "dense.previous"):
+    for name in (*(folder for _, folder, *_ in run_all.RUNS), "dense.previous"):
         write_json(tmp_path / "output" / name / "done.json", step)
-        write_json(tmp_path / "output" / name / "recipe.json", {"precision": "fp32"})
-    ranks = {"MiniLM, ready-made": [2, 2, 1], "dense": [1, 2, 1]}
-    reference = np.array(ranks["MiniLM, ready-made"])
+    ranks = {name: [2, 2, 1] for name in run_all.MODELS} | {"dense": [1, 2, 1]}
+    reference = [np.array([rank]) for rank in ranks["MiniLM, ready-made"]]
     rows = [
-        {**compare.row_of(name, "dense", np.array(r), reference), "heads": False} for name, r in ranks.items()
+        compare.row_of(name, "dense", [np.array([rank]) for rank in r], reference)
+        | {"heads": False, "queries_per_second": 7.0}
+        for name, r in ranks.items()
     ]
     write_json(
         tmp_path / "output" / "comparison" / "results.json",
@@ -490,22 +822,55 @@ def test_results_are_gathered_from_the_steps(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(steps, "OUTPUT", tmp_path / "output")
     for name in ("RESULTS", "README", "FIGURE"):
         monkeypatch.setattr(run_all, name, tmp_path / getattr(run_all, name).name)
-    run_all.README.write_text(f"above\n{run_all.START}\n{run_all.END}\nbelow\n")
+    monkeypatch.setattr(run_all, "RANDOM", str(tmp_path / "random.jsonl"))
+    write_pairs(tmp_path / "random.jsonl", [{"query": "a | b", "pos": ["p"], "neg": list("nmklj")}])
+    pairs = make_pairs(9)
+    monkeypatch.setattr(data, "tutorial_pairs", lambda: (pairs[3:], pairs[:3]))
+    found = [(1 - i / 10, pairs[i]["pos_doc"]) for i in range(5)]
+    monkeypatch.setattr(compare, "top", lambda model, query, passages: found if len(passages) == 9 else None)
+    run_all.README.write_text(
+        "above\n"
+        + "".join(f"<!-- {name}: generated -->\n{run_all.END}\n" for name in run_all.PARTS)
+        + "below\n"
+    )
     run_all.collect()
     results = read_json(run_all.RESULTS)
-    assert results["wall_seconds"] == 5.0 * len(run_all.TRAINED)  # what was moved aside does not count
+    assert results["wall_seconds"] == 5.0 * len(run_all.RUNS)  # what was moved aside does not count
     assert results["runs"]["dense"]["updates"] == 3 and "losses" not in results["runs"]["dense"]
     text = run_all.README.read_text(encoding="utf-8")
-    assert text.startswith("above") and text.endswith("below\n") and run_all.report(results) in text
-    assert "Training at all (dense): MRR 0.667 → 0.833" in text
+    assert text.startswith("above") and text.endswith("below\n")
+    assert all(part(results) in text for part in run_all.PARTS.values())
+    assert "MiniLM, ready-made → dense (dense): MRR 0.667 → 0.833" in text
+    assert "| query | `a \\| b` |" in text and "2 negatives more" in text
+    assert "| 10 | 18 | 204 | 203 |" in text and "| 50 | 4 | 204 | 203 |" in text
+    assert results["search"]["query"] == "add 0 to a number" and "1.000 **right** `def add_0" in text
     assert run_all.FIGURE.stat().st_size > 10_000
 
 
 def test_the_committed_readme_holds_the_committed_results_and_nothing_else():
-    results = read_json(run_all.RESULTS)
-    assert run_all.report(results) in run_all.README.read_text(encoding="utf-8")
+    results, text = read_json(run_all.RESULTS), run_all.README.read_text(encoding="utf-8")
+    for name, part in run_all.PARTS.items():
+        assert f"<!-- {name}: generated -->\n{part(results)}\n{run_all.END}" in text
     assert run_all.findings(results["rows"]) == results["findings"]
     assert str(ROOT) not in run_all.RESULTS.read_text(encoding="utf-8")
+
+
+def test_help_needs_no_faiss():
+    program = """
+import contextlib, importlib, sys
+sys.modules["faiss"] = None
+for name in ("data", "dense", "unified", "raw_bert", "compare", "run_all"):
+    with contextlib.suppress(SystemExit):
+        importlib.import_module(f"recipes.{name}").main(["--help"])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout.count("usage:") == 6, done.stderr[-500:]
+
+
+def test_without_faiss_a_search_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(TutorialError, match="pip install -r recipes/requirements.txt"):
+        data.exact_index(np.zeros((2, 2)))
 
 
 @pytest.mark.parametrize("recipe", [data, dense, unified, raw_bert, compare, run_all])

@@ -1,9 +1,14 @@
 """The training recipes under torchrun: two CPU processes, tiny checkpoints, and the silent failure."""
 
 import json
-from dataclasses import replace
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
@@ -11,12 +16,20 @@ from tokenizers import Tokenizer, pre_tokenizers, processors, trainers
 from tokenizers import models as tokenizer_models
 from transformers import AutoModel, PreTrainedTokenizerFast, XLMRobertaConfig, XLMRobertaModel
 
-from embedding_tutorial.encoder import HEAD_FILES, Encoder, embed
-from embedding_tutorial.files import TutorialError, read_json, write_json
+from embedding_tutorial.encoder import HEAD_FILES, Encoder, embed, read_pooling
+from embedding_tutorial.files import ROOT, TutorialError, read_json, write_json
 from recipes import engine, models, raw_bert
-from recipes.engine import Training
 
-TINY = Training(batch=8, max_steps=3, learning_rate=1e-2, query_length=16, passage_length=32)
+TINY = """--max_steps 3 --learning_rate 1e-2 --temperature 0.05 --query_max_len 16 --passage_max_len 32
+    --per_device_train_batch_size 4 --use_cpu True --negatives_cross_device True"""
+
+
+def train(kind, model, file, folder, more="", processes=2):
+    """A tiny run of engine.py, with `more` of FlagEmbedding's arguments as typed."""
+    options = engine.options_of(f"{engine.COMMON} {TINY} {more}")
+    options |= {"model_name_or_path": [str(model)], "train_data": [str(file)]}
+    options |= {"sentence_pooling_method": [read_pooling(model)]}
+    return engine.run(kind, processes, folder, options)
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +96,10 @@ def opens_everywhere(folder, texts, max_length=32):
 
 
 def test_dense_with_hard_negatives(tmp_path, file, bert, rows, capsys):
-    t = replace(TINY, model=str(bert), group=3, checkpointing=True, precision="bf16")
-    found = engine.train(t, file, tmp_path / "run")
+    more = "--train_group_size 3 --gradient_checkpointing True --bf16 True"
+    found = train("base", bert, file, tmp_path / "run", more)
     assert found["updates"] == 3 and found["processes"] == 2 and len(found["losses"]) == 3
+    assert found["precision"] == "bf16" and found["passages_per_update"] == 24
     reports = [read_json(tmp_path / "run" / "reports" / f"rank-{n}.json") for n in range(2)]
     assert reports[0]["group_size"] == reports[1]["group_size"] == 2
     assert reports[0]["after"] == reports[1]["after"] != reports[0]["before"]
@@ -94,16 +108,17 @@ def test_dense_with_hard_negatives(tmp_path, file, bert, rows, capsys):
     assert np.abs(tuned - base).max() > 1e-3
     assert not (tmp_path / "run" / "work").exists()
     assert "3/3" in capsys.readouterr().out  # progress
-    assert engine.train(t, file, tmp_path / "run") == found
+    assert train("base", bert, file, tmp_path / "run", more) == found
     assert "skipped" in capsys.readouterr().out
 
 
 def test_unified_with_self_distillation_sub_batches_and_frozen_positions(tmp_path, file, m3, rows):
     from FlagEmbedding import BGEM3FlagModel
 
-    t = replace(TINY, engine="m3", model=str(m3), pooling="cls", group=2, sub_batch=2, self_distill_from=0,
-                freeze_positions=True, checkpointing=True, precision="bf16")  # fmt: skip
-    engine.train(t, file, tmp_path / "run")
+    more = """--train_group_size 2 --sub_batch_size 2 --pad_to_multiple_of 32 --unified_finetuning True
+        --use_self_distill True --self_distill_start_step 0 --fix_position_embedding True
+        --gradient_checkpointing True --bf16 True"""
+    train("m3", m3, file, tmp_path / "run", more)
     folder, texts = tmp_path / "run" / "model", [row["query"] for row in rows]
     # A CLS model: without 1_Pooling/ SentenceTransformer would take the mean.
     assert SentenceTransformer(str(folder), device="cpu")[1].pooling_mode == "cls"
@@ -122,26 +137,87 @@ def test_unified_with_self_distillation_sub_batches_and_frozen_positions(tmp_pat
 
 
 def test_unified_with_a_teacher(tmp_path, file, m3, rows):
-    t = replace(TINY, engine="m3", model=str(m3), pooling="cls", group=4, teacher=True)
-    assert engine.train(t, file, tmp_path / "run")["updates"] == 3
+    more = """--train_group_size 4 --unified_finetuning True --knowledge_distillation True
+        --kd_loss_type m3_kd_loss"""
+    assert train("m3", m3, file, tmp_path / "run", more)["updates"] == 3
     opens_everywhere(tmp_path / "run" / "model", [row["query"] for row in rows])
 
 
-def test_raw_bert_as_a_command(tmp_path, file, bert, rows, capsys):
-    words = ["--negatives", "10", "--model", str(bert), "--data", str(file), "--batch", "8", "--max-steps",
-             "2", "--cpu", "--output", str(tmp_path / "run")]  # fmt: skip
-    raw_bert.main(words)
-    opens_everywhere(tmp_path / "run" / "model", [row["query"] for row in rows])
-    assert read_json(tmp_path / "run" / "recipe.json")["group"] == 11
-    assert "--train_group_size 11" in capsys.readouterr().out  # the GPU command stands below the result
+def test_length_groups_and_mrl(tmp_path, rows, bert):
+    """Batches from one file each, of a size of their own; no query begins with "None"."""
+    for name, part, batch in (("short", rows[:8], 4), ("long", rows[8:], 2)):
+        lines = [json.dumps(row | {"batch_size": batch}) + "\n" for row in part]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    more = """--same_dataset_within_batch True --num_train_epochs 1 --max_steps -1 --use_mrl True
+        --mrl_dims 8 32 --query_instruction_for_retrieval="" """
+    found = train("base", bert, tmp_path, tmp_path.parent / f"{tmp_path.name}-run", more)
+    assert found["updates"] == 3  # 8 = 2 × 4 once, 8 = 2 × 2 twice
+    (tmp_path / "long.jsonl").write_text("".join(lines[:3]))
+    with pytest.raises(TutorialError, match="long.jsonl has 3 rows, fewer than one batch of 4"):
+        train("base", bert, tmp_path, tmp_path.parent / "none", more)
 
 
-def test_a_run_that_torchrun_ends_is_reported_with_its_log_and_done_again(tmp_path, file, bert, monkeypatch):
-    t, real = replace(TINY, model=str(bert)), engine.flags
-    monkeypatch.setattr(engine, "flags", lambda *a, **k: [*real(*a, **k), "--no_such_flag", "1"])
+def test_what_is_printed_is_what_runs(tmp_path, file, bert, rows, capfd):
+    """The line that --print prints, executed in another folder, and the recipe's own run: equal models."""
+    words = ["--negatives", "10", "--model", str(bert), "--data", str(file), "--cpu", "--output"]
+    theirs = ["--", "--per_device_train_batch_size", "4", "--max_steps", "2"]
+    assert raw_bert.main([*words, str(tmp_path / "a run"), "--print", *theirs]) is None
+    line = capfd.readouterr().out.splitlines()[-1]
+    assert not (tmp_path / "a run").exists()
+    subprocess.run(line, shell=True, cwd=tmp_path, check=True)
+    own = raw_bert.main([*words, str(tmp_path / "own"), *theirs])
+    printed = read_json(tmp_path / "a run" / "done.json")
+    assert printed["checksum"] == own["checksum"] and printed["losses"] == own["losses"]
+    assert read_json(tmp_path / "own" / "recipe.json")["train_group_size"] == ["11"]
+    opens_everywhere(tmp_path / "a run" / "model", [row["query"] for row in rows])
+
+
+def test_a_kill_in_the_middle_repeats_what_came_after_the_checkpoint(tmp_path, file, bert, capsys):
+    more = "--max_steps 40 --save_steps 4"
+    options = engine.options_of(f"{engine.COMMON} {TINY} {more}") | {
+        "model_name_or_path": [str(bert)], "train_data": [str(file)], "sentence_pooling_method": ["mean"],
+    }  # fmt: skip
+    words = [sys.executable, engine.__file__, "base", "2", str(tmp_path / "run"), *engine.words_of(options)]
+    process, log = subprocess.Popen(words), tmp_path / "run" / "train.log"
+    while not (log.exists() and "progress: 6 " in log.read_text()):
+        assert process.poll() is None
+        time.sleep(0.01)
+    for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+        child.send_signal(signal.SIGKILL)
+    process.wait()
+    capsys.readouterr()
+    found = train("base", bert, file, tmp_path / "run", more)
+    said = capsys.readouterr().out
+    cut, start = (int(said.split(word)[1].split()[0].strip(".:")) for word in ("after update", "from update"))
+    assert 6 <= cut < 40 and 4 <= start <= cut and start % 4 == 0 and f": {cut - start} are repeated" in said
+    whole = train("base", bert, file, tmp_path / "whole", more)
+    assert found["updates"] == 40 and len(found["losses"]) == 40
+    assert found["losses"] == pytest.approx(whole["losses"], abs=1e-5)
+    old, new = (
+        AutoModel.from_pretrained(tmp_path / name / "model").state_dict() for name in ("whole", "run")
+    )
+    assert all(torch.allclose(old[name], new[name], atol=1e-5) for name in old)
+
+
+def test_a_run_that_torchrun_ends_is_reported_with_its_log_and_done_again(tmp_path, file, bert):
     with pytest.raises(TutorialError, match="no_such_flag"):
-        engine.train(t, file, tmp_path / "run", processes=1)
+        train("base", bert, file, tmp_path / "run", "--no_such_flag 1", processes=1)
     assert (tmp_path / "run" / "train.log").exists() and not (tmp_path / "run" / "done.json").exists()
+
+
+def test_gathered_negatives_have_the_gradient_of_the_whole_batch(tmp_path, tiny_bert, tiny_m3):
+    """2 and 3 processes against one; as FlagEmbedding gathers, the gradient is divided by their number."""
+    worker = str(ROOT / "tests" / "gathered_worker.py")
+    words = [sys.executable, worker, str(tiny_bert), str(tiny_m3), str(tmp_path)]
+    done = subprocess.run(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    for processes in (2, 3):
+        for mode in ("dense", "dense, taught", "unified"):
+            loss, gradient, largest = found[f"{mode}, {processes} processes"]
+            assert loss < 1e-5 and gradient < 1e-5 < largest
+    _, gradient, largest = found["unmended, 3 processes"]
+    assert gradient == pytest.approx(largest * (1 - 1 / 3), rel=0.01)
 
 
 # ---------------------------------------------------------------- the silent failure
@@ -150,10 +226,11 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="without --use_cpu
 
 
 def without_use_cpu(monkeypatch, *more):
-    real = engine.flags
-    left_out = ("--use_cpu", "--negatives_cross_device")
+    """Without the flag, and past the look at the GPUs that asks for it."""
+    real = engine.words_of
+    left_out = ("use_cpu", "negatives_cross_device")
     monkeypatch.setattr(
-        engine, "flags", lambda *a, **k: [w for w in real(*a, **k) if w not in left_out] + list(more)
+        engine, "words_of", lambda o: [*real({k: v for k, v in o.items() if k not in left_out}), *more]
     )
 
 
@@ -161,7 +238,7 @@ def without_use_cpu(monkeypatch, *more):
 def test_processes_that_train_alone_are_caught(tmp_path, file, bert, monkeypatch):
     without_use_cpu(monkeypatch)
     with pytest.raises(TutorialError, match=r"groups have the sizes \[1, 1\].*--use_cpu is missing"):
-        engine.train(replace(TINY, model=str(bert)), file, tmp_path / "run")
+        train("base", bert, file, tmp_path / "run")
     assert not (tmp_path / "run" / "model").exists() and not (tmp_path / "run" / "done.json").exists()
 
 
@@ -170,7 +247,7 @@ def test_gradients_that_are_not_synchronised_are_caught(tmp_path, file, bert, mo
     """With a process group but without --use_cpu both end with status 0 and different parameters."""
     without_use_cpu(monkeypatch, "--ddp_backend", "gloo")
     with pytest.raises(TutorialError, match="different parameters"):
-        engine.train(replace(TINY, model=str(bert)), file, tmp_path / "run")
+        train("base", bert, file, tmp_path / "run")
     reports = [read_json(tmp_path / "run" / "reports" / f"rank-{n}.json") for n in range(2)]
     assert [report["group_size"] for report in reports] == [2, 2]
     assert not (tmp_path / "run" / "model").exists() and not (tmp_path / "run" / "done.json").exists()
