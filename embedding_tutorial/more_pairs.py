@@ -160,7 +160,7 @@ def keep_answers(path, answers, out, model="pocket", run_code=False, query=None,
     for others, why in ((held_out, "close to a held-out text"), (train_pairs, "close to another pair")):
         for side in ("query", "pos_doc"):
             own = [pair[side] for pair in kept]
-            itself = others is train_pairs and side == "query"
+            itself = others is train_pairs
             close = close_to(encoder, own, [pair[side] for pair in others], itself) if own else []
             found[why] += sum(close)
             kept = [pair for pair, near in zip(kept, close, strict=True) if not near]

@@ -481,6 +481,8 @@ def test_bge_m3s_needs_are_the_measured_and_counted_ones():
         shown = [f"{gpu[0]:.1f} GB", f"{gpu[1]:.1f} GB", f"{peak['uninterrupted']:.1f} GB", f"{disk:.0f} GB"]
         assert not [value for value in [*shown, f"{minutes:.1f} "] if value not in section]
         assert f"{profiles.PROFILES['full'].ram_gb:.0f} GB" in section
+        whole = max(row["gb"] for row in found("full_notebooks.json")["notebooks"].values())
+        assert f"{whole:.1f} GB" in section and whole < profiles.PROFILES["full"].ram_gb
     row = next(line for line in page.splitlines() if line.startswith("| 5 | a CPU"))
     assert f"{peak['uninterrupted']:.1f} GB measured ({peak['whole']:.1f} with the whole" in row
     assert f"{peak['again']:.1f} with `checkpointing" in row and f"{peak['lora']:.1f} with GradCache" in row
