@@ -128,9 +128,9 @@ def read_pairs(path, query=None, passage=None):
     query, passage: names of the columns; None: the first known name (QUERIES, PASSAGES). A list of positives,
     as FlagEmbedding's "pos", makes one pair each. TutorialError on a bad row.
     """
-    pairs, columns = [], None
+    pairs, columns, name = [], None, relative(path)
     for number, row in read_rows(path):
-        where = f"{relative(path)}, row {number}"
+        where = f"{name}, row {number}"
         if columns is None:
             first = column_of(row, query, QUERIES, where, "query")
             second = column_of(row, passage, PASSAGES, where, "passage")

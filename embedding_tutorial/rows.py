@@ -47,9 +47,10 @@ def parse(text, place):
 
 
 def json_lines(path):
+    name = relative(path)
     for number, line in text_lines(path):
         if line.strip():
-            yield number, parse(line, f"{relative(path)}, row {number}")
+            yield number, parse(line, f"{name}, row {number}")
 
 
 def json_list(path):
