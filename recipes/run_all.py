@@ -1,6 +1,6 @@
 """All five recipes at pocket scale, one after the other: what `make recipes` runs.
 
-    python recipes/run_all.py    # under 8 minutes on 2 quiet CPU cores
+    python recipes/run_all.py    # the README says how many minutes it took
 
 A finished step is skipped, so an interrupted run goes on where it stopped. Writes recipes/results.json,
 the marked parts of recipes/README.md and images/recipes_comparison.png. Every number there comes from here.
