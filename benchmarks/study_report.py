@@ -13,6 +13,7 @@ import pandas as pd
 
 from embedding_tutorial import figures
 from embedding_tutorial import finetune as ft
+from embedding_tutorial.figures.style import number
 from embedding_tutorial.files import ROOT, read_json, relative, write_json
 from embedding_tutorial.reports import interval as shown
 
@@ -278,7 +279,7 @@ def how_much_data(results, path):
     per_doubling = [x / doublings for x in results.interval(own[ALL], own[SIZES[0]])]
     figures.curve(
         lines,
-        f"Each doubling of the pairs gives about {per_doubling[0]:+.3f} MRR",
+        f"Each doubling of the pairs gives about {number(per_doubling[0], signed=True)} MRR",
         path,
         xlabel="training pairs",
         ylabel="MRR, merged",
@@ -315,7 +316,8 @@ def quality_for_minutes(results, path):
     halved = results.interval(f"{place} / halfway", f"{whole} / halfway")
     figures.curve(
         lines_of(results, lines),
-        f"{few} epochs halfway back: {halved[0]:+.3f} MRR against {max(EPOCHS)}, in half the minutes",
+        f"{few} epochs halfway back: {number(halved[0], signed=True)} MRR against {max(EPOCHS)}, in half "
+        "the minutes",
         path,
         xlabel="minutes of one training on 2 cores, in fp32",
         ylabel="MRR",
