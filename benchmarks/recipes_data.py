@@ -13,12 +13,12 @@ recipes/README.md.
 import argparse
 import multiprocessing
 import os
-import resource
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import common
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -69,8 +69,7 @@ def command(name, pairs, folder):
         made = data.make(kind, folder / kind, count=int(count), data=pairs)
         found = {"megabytes": round(made.stat().st_size / 1e6)} | read_json(made.parent / "done.json")
     seconds = time.perf_counter() - begin - sum(SPENT)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # KB on Linux
-    return {"name": name, "seconds": seconds, "gigabytes": peak, "found": found}
+    return {"name": name, "seconds": seconds, "gigabytes": common.peak_memory_gb(), "found": found}
 
 
 def measure(rows):
@@ -95,7 +94,7 @@ def table(results):
     title = (
         f"{results['rows']:,} rows, vectors of {results['dims']} dimensions, {results['cores']} CPU cores:"
     )
-    return f"{title}\n\n{run_all.markdown(('command', 'minutes', 'GB'), rows)}"
+    return f"{title}\n\n{common.markdown_table(('command', 'minutes', 'GB'), rows)}"
 
 
 def main():

@@ -312,11 +312,12 @@ def quality_for_minutes(results, path):
         "fine-tuned": minutes,
         "the original recipe": {last: "original"},
     }
-    (few, place), whole = list(EPOCHS.items())[-2], EPOCHS[max(EPOCHS)]
-    halved = results.interval(f"{place} / halfway", f"{whole} / halfway")
+    *fewer, whole = EPOCHS
+    differences = {n: results.interval(*(f"{EPOCHS[m]} / halfway" for m in (n, whole))) for n in fewer}
+    few = fewer[-1]
     figures.curve(
         lines_of(results, lines),
-        f"{few} epochs halfway back: {number(halved[0], signed=True)} MRR against {max(EPOCHS)}, in half "
+        f"{few} epochs halfway back: {number(differences[few][0], signed=True)} MRR against {whole}, in half "
         "the minutes",
         path,
         xlabel="minutes of one training on 2 cores, in fp32",
@@ -324,11 +325,8 @@ def quality_for_minutes(results, path):
         reference=("base", results.mrr["base"]),
         source=f"benchmarks/study.py: {results.data}; minutes: benchmarks/training.py",
     )
-    parts = []
-    for n, place in list(EPOCHS.items())[:-1]:
-        difference = results.interval(f"{place} / halfway", f"{whole} / halfway")
-        parts.append(f"{n} epochs ({n * own:.1f} min) {shown(difference, True)}")
-    return f"All merged, against {max(EPOCHS)} epochs ({max(EPOCHS) * own:.1f} min): {'; '.join(parts)}."
+    parts = (f"{n} epochs ({n * own:.1f} min) {shown(d, True)}" for n, d in differences.items())
+    return f"All merged, against {whole} epochs ({whole * own:.1f} min): {'; '.join(parts)}."
 
 
 def text_across_recipes(summary):

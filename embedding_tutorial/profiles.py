@@ -329,7 +329,7 @@ def time_on_cpu(profile):
     """How long the profile takes on this CPU, in words: its counted work, by the speed measured just now."""
     what, fixed, exact, training = profile.cpu_work
     kinds = "fp32", training_precision(profile, "cpu")
-    speed = {kind: speed_of_cpu(profile.layer, kind) for kind in kinds}
+    speed = {kind: speed_of_cpu(profile.layer, kind) for kind in dict.fromkeys(kinds)}
     minutes = (fixed + 1000 * (exact / speed["fp32"] + training / speed[kinds[1]])) / 60
     return f"about {minutes:.0f} min {what}, at {speed[kinds[1]]:.0f} GFLOP/s, measured just now"
 

@@ -211,48 +211,42 @@ def own_environment(lines, text, tmp_path, **_):
     shell(lines[2:])
 
 
-def own_pairs(lines, tmp_path, monkeypatch, tiny_bert, **_):
-    """Every line as it stands, on 24 pairs, with a tiny model for MiniLM; the notebooks are not run."""
-    rows = pairs.read_mbpp(POCKET)[:24]
-    table = [(row["query"], row["pos_doc"]) for row in rows]
-    pd.DataFrame(table, columns=["question", "answer"]).to_csv(tmp_path / "my_pairs.csv", index=False)
-    ran = []
-    monkeypatch.setattr(run_notebooks, "main", ran.append)
-    monkeypatch.setattr(profiles, "model_path", lambda profile: tiny_bert)
+def said_by(lines, python, tmp_path, monkeypatch, model):
+    """What each line says, run as it stands on 24 pairs in my_pairs.csv, with `model` in MiniLM's place."""
+    rows = [(row["query"], row["pos_doc"]) for row in pairs.read_mbpp(POCKET)[:24]]
+    pd.DataFrame(rows, columns=["question", "answer"]).to_csv(tmp_path / "my_pairs.csv", index=False)
+    monkeypatch.setattr(profiles, "model_path", lambda profile: model)
     monkeypatch.setenv("TUTORIAL_DEVICE", "cpu")
-    monkeypatch.setenv("TUTORIAL_PAIRS", "")  # put back after the last line has set it
     monkeypatch.chdir(tmp_path)
     said = []
     for line in lines:
         program, *words = shlex.split(line)
-        assert (program, words[:2]) == (".venv/bin/python", ["-m", "embedding_tutorial"])
+        assert (program, words[:2]) == (python, ["-m", "embedding_tutorial"])
         result = CliRunner().invoke(main, words[2:])
         assert result.exit_code == 0, (line, result.output, result.exception)
         said.append(result.output)
+    return said
+
+
+def own_pairs(lines, tmp_path, monkeypatch, tiny_bert, **_):
+    """Every line; the notebooks are not run."""
+    ran = []
+    monkeypatch.setattr(run_notebooks, "main", ran.append)
+    monkeypatch.setenv("TUTORIAL_PAIRS", "")  # put back after the last line has set it
+    said = said_by(lines, ".venv/bin/python", tmp_path, monkeypatch, tiny_bert)
     assert "pairs: 24" in said[0] and (tmp_path / "models" / "mine" / "model.safetensors").is_file()
     assert "24 passages" in said[2] and said[3].count("def ") >= 3 and ran == [run_notebooks.NOTEBOOKS]
     assert own_data.chosen_files()[0] == tmp_path / "my_pairs.csv"
 
 
 def more_pairs_of_ones_own(lines, tmp_path, monkeypatch, tiny_bert, **_):
-    """Every line as it stands, with one answer as if a language model had written it."""
-    rows = [(row["query"], row["pos_doc"]) for row in pairs.read_mbpp(POCKET)[:24]]
-    pd.DataFrame(rows, columns=["question", "answer"]).to_csv(tmp_path / "my_pairs.csv", index=False)
+    """Every line, with one answer as if a language model had written it."""
     answer = {
         "text": json.dumps([{"query": "Count the sheep", "passage": "def sheep(herd): return len(herd)"}])
     }
     (tmp_path / "answers.jsonl").write_text(json.dumps(answer), encoding="utf-8")
     monkeypatch.setattr(more_pairs, "NEAR", 1.1)  # to a model without training all texts are alike
-    monkeypatch.setattr(profiles, "model_path", lambda profile: tiny_bert)
-    monkeypatch.setenv("TUTORIAL_DEVICE", "cpu")
-    monkeypatch.chdir(tmp_path)
-    said = []
-    for line in lines:
-        program, *words = shlex.split(line)
-        assert (program, words[:2]) == ("python", ["-m", "embedding_tutorial"])
-        result = CliRunner().invoke(main, words[2:])
-        assert result.exit_code == 0, (line, result.output, result.exception)
-        said.append(result.output)
+    said = said_by(lines, "python", tmp_path, monkeypatch, tiny_bert)
     assert "20 requests" in said[1] and "1  kept" in said[2] and "20 pairs to train on" in said[3]
     assert "19  MRR" in said[0] and (tmp_path / "models" / "mine-curve.png").is_file()
 

@@ -176,13 +176,16 @@ def run_group(group, seconds):
     return faults
 
 
-def test_every_code_passes_its_assertions_and_none_does_not(records):
-    jobs = [{**record, "name": called_name(record)} for record in records]
+def faults_of(jobs, seconds=SECONDS_PER_RECORD):
+    """`run_group` of records with a "name", in a few subprocesses at a time."""
     workers = max(2, min(4, os.cpu_count() or 2))
     with ThreadPoolExecutor(workers) as pool:
-        found = pool.map(lambda start: run_group(jobs[start::workers], SECONDS_PER_RECORD), range(workers))
-        faults = [fault for faults in found for fault in faults]
-    assert faults == []
+        found = pool.map(lambda start: run_group(jobs[start::workers], seconds), range(workers))
+        return [fault for faults in found for fault in faults]
+
+
+def test_every_code_passes_its_assertions_and_none_does_not(records):
+    assert faults_of([{**record, "name": called_name(record)} for record in records]) == []
 
 
 def test_the_execution_test_names_what_hangs_fails_or_proves_nothing():

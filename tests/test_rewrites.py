@@ -2,14 +2,12 @@
 
 import ast
 import json
-import os
 import random
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from test_pocket_data import SECONDS_PER_RECORD, called_name, run_group
+from test_pocket_data import SECONDS_PER_RECORD, called_name, faults_of
 
 from embedding_tutorial import finetune, training
 from embedding_tutorial.encoder import Encoder
@@ -61,11 +59,8 @@ def test_every_rewritten_code_passes_the_assertions_of_its_problem(source):
             own = [node.name for node in ast.parse(code).body if isinstance(node, ast.FunctionDef)]
             assert name not in own, f"task {row['task_id']}: the original's name gives it away"
             jobs.append({**record, "code": f"{code}\n{name} = {own[-1]}", "name": name})
-    workers, seconds = max(2, min(4, os.cpu_count() or 2)), 2 * SECONDS_PER_RECORD
-    with ThreadPoolExecutor(workers) as pool:
-        found = pool.map(lambda start: run_group(jobs[start::workers], seconds), range(workers))
-        faults = [fault for faults in found for fault in faults if "returns None" not in fault]
-    assert faults == []
+    faults = faults_of(jobs, 2 * SECONDS_PER_RECORD)
+    assert [fault for fault in faults if "returns None" not in fault] == []
 
 
 # ---------------------------------------------------------------- how training uses them

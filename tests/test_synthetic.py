@@ -2,14 +2,12 @@
 
 import ast
 import json
-import os
 import re
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from test_pocket_data import SECONDS_PER_RECORD, called_name, run_group
+from test_pocket_data import called_name, faults_of
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "data" / "synthetic_pairs.json"
@@ -37,11 +35,7 @@ def test_format_and_no_doubles(records):
 
 
 def test_every_code_passes_its_assertions_and_none_does_not(records):
-    jobs = [{**record, "name": called_name(record)} for record in records]
-    workers = max(2, min(4, os.cpu_count() or 2))
-    with ThreadPoolExecutor(workers) as pool:
-        found = pool.map(lambda start: run_group(jobs[start::workers], SECONDS_PER_RECORD), range(workers))
-        faults = [fault for faults in found for fault in faults]
+    faults = faults_of([{**record, "name": called_name(record)} for record in records])
     expected = Counter(fault.split(":")[0] for fault in faults if "returns None" in fault)
     assert [fault for fault in faults if "returns None" not in fault] == []
     assert [task for task, count in expected.items() if count > 1] == [], "two answers tell it from nothing"
