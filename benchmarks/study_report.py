@@ -29,18 +29,20 @@ READOUTS = {  # as the cells name the weights, and as readers do
 }
 METRICS = ["recall@1", "mrr"]
 SIZES, ALL = (20, 40, 80, 160), 341  # of a fold's training pairs; all of them are the default
-EPOCHS = {2: "2 epochs, rate 2e-4", 3: "3 epochs, rate 2e-4", 5: "lr 2e-4", 10: "default"}
-SYNTHETIC = {400: 5, 800: 3, 1500: 2}  # pairs more: the epochs that make about the default's 50 updates
+TEN = "10 epochs, rate 2e-4"
+EPOCHS = {2: "2 epochs, rate 2e-4", 3: "3 epochs, rate 2e-4", 5: "default", 10: TEN}
+SYNTHETIC = {400: 3, 800: 2, 1500: 1}  # pairs more: the epochs that make about the default's 25 updates
 # What each row of the summary is compared with, under keys as "mrr - base" and "p base".
 AGAINST = ["base", "original", "plain", "default", "rewrites", "original / halfway", "plain / halfway",
-           "default / halfway", "rewrites / halfway", "rewrites / mean of runs, alpha 0.6"]  # fmt: skip
+           "default / halfway", f"{TEN} / halfway", "rewrites / halfway",
+           "rewrites / mean of runs, alpha 0.6"]  # fmt: skip
 
 # One figure, images/study_<figure>.png. rows: {label: place}; the first is the reference of the others.
 Question = namedtuple("Question", "title, figure, rows")
 
 # fmt: off
-RUNS = Question("What do three runs and rewrites add, all merged?", "runs", {
-    "one run": "default / halfway", "three runs": "default / mean of runs, alpha 0.5",
+RUNS = Question("What do three runs and rewrites add to ten epochs, all merged?", "runs", {
+    "one run": f"{TEN} / halfway", "three runs": f"{TEN} / mean of runs, alpha 0.5",
     "one run, rewrites": "rewrites / halfway", "three runs, rewrites": "rewrites / mean of runs, alpha 0.5"})
 QUESTIONS = [
     Question("How many negatives?", "batch_size",
@@ -51,29 +53,30 @@ QUESTIONS = [
              {"0.05": "plain", "0.01": "tau 0.01", "0.02": "tau 0.02", "0.2": "tau 0.2"}),
     Question("Dropout?", "dropout", {"0": "plain", "0.1": "dropout 0.1"}),
     Question("Which learning rate, how long?", "learning_rate",
-             {"5e-5, 5 epochs": "plain", "2e-5": "lr 2e-5", "2e-4": "lr 2e-4", "10 epochs": "10 epochs"}),
+             {"5e-5, 5 epochs": "plain", "2e-5": "lr 2e-5", "2e-4": "default", "10 epochs": "10 epochs"}),
     Question("Symmetric loss, queue, duplicates?", "loss",
              {"the plain recipe": "plain", "symmetric": "symmetric", "queue of 160": "queue 160",
               "duplicates kept as negatives": "duplicates kept"}),
     Question("More signal?", "signal", {
         "the plain recipe": "plain", "2 hard negatives each": "hard negatives",
         "427 pocket pairs more": "pocket pairs", "codes with renamed functions too": "renamed codes",
-        "rate 2e-4, 10 epochs: the default": "default",
-        "the default with rewritten queries": "rewritten queries",
-        "the default with rewritten codes": "rewritten codes", "the default with both": "rewrites"}),
+        "rate 2e-4, 10 epochs": TEN, "2e-4, 10 epochs, rewritten queries": "rewritten queries",
+        "2e-4, 10 epochs, rewritten codes": "rewritten codes", "2e-4, 10 epochs, both": "rewrites"}),
     Question("Which weights of the run?", "weights", {
         "plain: fine-tuned": "plain", "plain: mean of the last three epochs": "plain / average",
         "plain: a quarter of the way from the base": "plain / alpha 0.25",
         "plain: merged (halfway)": "plain / halfway", "plain: three quarters": "plain / alpha 0.75",
-        "default: fine-tuned": "default", "rewrites: fine-tuned": "rewrites",
-        **{f"{name}: {READOUTS[readout]}": f"{name} / {readout}"
-           for name in ("default", "rewrites") for readout in ("halfway", *SOUPS)}}),
+        "default: fine-tuned": "default", "default: merged": "default / halfway",
+        "10 epochs: fine-tuned": TEN, "rewrites: fine-tuned": "rewrites",
+        **{f"{label}: {READOUTS[readout]}": f"{name} / {readout}"
+           for label, name in {"10 epochs": TEN, "rewrites": "rewrites"}.items()
+           for readout in ("halfway", *SOUPS)}}),
     RUNS,
     Question("Whose recipe?", "recipes", {  # the libraries' defaults are those of their TrainingArguments
         "base": "base",
         "sentence-transformers' defaults (batch 8, 3 epochs, rate 5e-5, τ 0.05)": "sentence-transformers",
         "FlagEmbedding's defaults (batch 8, 3 epochs, rate 5e-5, τ 0.02)": "FlagEmbedding",
-        "sentence-transformers with our batch, rate, epochs": "sentence-transformers, our settings",
+        "sentence-transformers, our batch and rate, 10 epochs": "sentence-transformers, our settings",
         "the original recipe": "original", "the original recipe, halfway back": "original / halfway",
         "ours: fine-tuned": "default", "ours: merged": "default / halfway"}),
 ]
@@ -269,7 +272,7 @@ def lines_of(results, ways):
 def how_much_data(results, path):
     """Draw MRR against the number of training pairs; returns the finding, None where it is not measured."""
     more = {ALL + n: f"{n} synthetic / halfway" for n in SYNTHETIC}
-    rewritten = {n: f"{n} pairs, rewrites / halfway" for n in SIZES} | {ALL: "rewrites / halfway"}
+    rewritten = {n: f"{n} pairs, rewrites / halfway" for n in SIZES} | {ALL: "all pairs, rewrites / halfway"}
     own = {n: f"{n} pairs / halfway" for n in SIZES} | {ALL: "default / halfway"}
     ways = {"own pairs": own, "and their rewrites": rewritten}
     lines = lines_of(results, ways | {"and synthetic pairs": {ALL: own[ALL]} | more})

@@ -68,17 +68,20 @@ def check(file, model, query, passage):
 @click.option(
     "--runs", default=1, show_default=True, type=click.IntRange(1), help="The mean of so many runs."
 )
-@click.option("--epochs", type=click.IntRange(1), help="Default: the recipe's 10.")
+@click.option("--epochs", type=click.IntRange(1), help="Default: the recipe's 5.")
+@click.option("--learning-rate", type=float, help="Default: 2e-4 for pocket, 2e-5 for bge-m3.")
+@click.option("--checkpointing", is_flag=True, help="Less memory, more time.")
 @click.option("--more", metavar="FILE", help="Further pairs, for training alone (see `answers`).")
-@click.option("--curve", is_flag=True, help="Train on 20, 40, 80, … pairs instead: what would more give?")
+@click.option("--curve", is_flag=True, help="Train on 20, 40, 80, … pairs, three times each, instead.")
 @corpus
 @device
 @columns
-def train(file, out, model, runs, epochs, curve, device, **options):
+def train(file, out, model, runs, epochs, learning_rate, checkpointing, curve, device, **options):
     """Train on FILE with the tutorial's recipe; killed, it goes on from the last epoch."""
     from . import own_data, reports
 
-    options |= {"epochs": epochs} if epochs else {}
+    given = {"epochs": epochs, "learning_rate": learning_rate, "checkpointing": checkpointing}
+    options |= {name: value for name, value in given.items() if value}
     options["device"] = device_named(device)
     if curve:
         for size, score in own_data.curve(file, out, model, **options).items():

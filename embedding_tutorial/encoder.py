@@ -22,12 +22,13 @@ from transformers import AttentionInterface, AutoConfig, AutoModel, AutoTokenize
 from transformers.utils.logging import disable_progress_bar
 
 from . import words
-from .files import TutorialError, atomic_folder, read_json, relative, sha256_once
+from .files import TutorialError, atomic_folder, read_json, relative, sha256_once, write_json
 
 disable_progress_bar()  # a bar for each of the many short loads would bury what a cell shows
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 HEAD_FILES = ("colbert_linear.pt", "sparse_linear.pt")  # BGE-M3's sparse and multi-vector outputs
+LENGTH_FILE = "sentence_bert_config.json"  # where sentence-transformers cuts a text
 
 
 def tokenize(tokenizer, texts, max_length):
@@ -361,9 +362,16 @@ def fingerprint(folder):
 
 def save_model(encoder, folder):
     """Write a folder that SentenceTransformer, AutoModel and FlagEmbedding open: weights in float32,
-    and from the base tokenizer, configuration, pooling, and the sparse and ColBERT heads if it has them."""
+    and from the base tokenizer, configuration, pooling, and the sparse and ColBERT heads if it has them.
+
+    sentence-transformers will read at least `encoder.max_length` tokens: MiniLM's own file says 256.
+    """
     with atomic_folder(folder) as target:
         copy_companions(encoder.folder, target)
+        if (target / LENGTH_FILE).exists():
+            lengths = read_json(target / LENGTH_FILE)
+            if (lengths.get("max_seq_length") or encoder.max_length) < encoder.max_length:
+                write_json(target / LENGTH_FILE, lengths | {"max_seq_length": encoder.max_length})
         weights = {
             name: w.detach().float().cpu().contiguous() for name, w in words.whole_state(encoder).items()
         }

@@ -160,7 +160,7 @@ def duplicate_mask(query_ids, passage_ids, owner_ids):
 # %% ../01-train_embedding_with_validation.ipynb #n01-068
 @dataclass(frozen=True)
 class TrainConfig:   # the recipe; the table below gives the reason for each value
-    epochs: int = 10
+    epochs: int = 5
     batch_size: int = 80             # pairs in one update
     micro_batch: int | None = None   # pairs that share their negatives; None: the whole batch
     backward: str = "whole"          # or "gradcache"

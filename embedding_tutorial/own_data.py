@@ -23,7 +23,15 @@ from . import figures, profiles, reports, training
 from .encoder import Encoder, embed, save_model
 from .files import TutorialError, atomic_file, read_json, relative, require_disk, write_json
 from .finetune import TrainConfig, bootstrap_interval, evaluate, mix, sign_flip_test, split_pairs
-from .pairs import one_per_query, own_pairs, passages_of, read_corpus, read_pairs, write_pairs
+from .pairs import (
+    one_per_query,
+    own_pairs,
+    passages_of,
+    read_corpus,
+    read_pairs,
+    read_rows,
+    write_pairs,
+)
 
 HELD_OUT = 1_000  # queries, at most: enough to see a gain of 0.02 MRR
 WHOLE_GRAPH = 20_000  # tokens of a batch whose graph is kept whole: about 2 GB for MiniLM
@@ -205,6 +213,12 @@ def compare(before, after):
     return results
 
 
+def passages_in(corpus, passage=None):
+    """The texts of a corpus file, [] for None: of the column `passage` where it has one of that name."""
+    first = next((row for _, row in read_rows(corpus)), {}) if corpus else {}
+    return read_corpus(corpus, passage if passage in first else None)
+
+
 @dataclasses.dataclass
 class Task:
     """What a training on a reader's file needs: `task_of` makes it."""
@@ -239,7 +253,7 @@ def task_of(path, model="pocket", corpus=None, query=None, passage=None, device=
     train_pairs, held_out = split_pairs(everything, train_share=train_share(everything))
     secret = set(texts_of_pairs(held_out))
     further = [p for p in (read_pairs(more) if more else []) if not secret & {p["query"], p["pos_doc"]}]
-    held_out, candidates = one_per_query(held_out), passages_of(everything + read_corpus(corpus))
+    held_out, candidates = one_per_query(held_out), passages_of(everything + passages_in(corpus, passage))
     base, config = Encoder(folder).eval(), TrainConfig(**{**profile.config(device), **settings})
     return Task(folder, name, base, train_pairs + further, held_out, candidates, config, device)
 
@@ -247,7 +261,8 @@ def task_of(path, model="pocket", corpus=None, query=None, passage=None, device=
 def train(path, out, model="pocket", runs=1, **options):
     """Train on a file of pairs with the notebook's recipe; leaves the merged model and its card in `out`.
 
-    The run itself, its split and results.json stay in `out`-run; called again it goes on from there.
+    The run itself, its split, the passages searched and results.json stay in `out`-run; called again it goes
+    on from there.
     runs: the mean of so many runs. options: of `task_of`. Returns what `compare` does.
     """
     require_own_folder(out)
@@ -268,6 +283,7 @@ def train(path, out, model="pocket", runs=1, **options):
     save_model(task.base, out)
     for side, part in (("train", task.train_pairs), ("val", task.held_out)):
         write_pairs(run / f"{side}.jsonl", part)
+    write_pairs(run / "passages.jsonl", [{"text": text} for text in task.candidates])
     sizes = {"training pairs": len(task.train_pairs), "held-out queries": len(task.held_out)}
     sizes |= {"passages searched": len(task.candidates), "runs": runs, "alpha": ALPHA}
     write_json(run / "results.json", {**sizes, "results": results})
@@ -375,7 +391,7 @@ filled in; it has to suit both.
 def evaluate_file(folder, path, corpus=None, query=None, passage=None, device=None):
     """{metric: (mean, low, high)} of a model folder on a file of pairs, and how many queries and passages."""
     pairs = one_per_query(read_pairs(path, query, passage))
-    candidates = passages_of(pairs + read_corpus(corpus))
+    candidates = passages_of(pairs + passages_in(corpus, passage))
     run = Path(folder).with_name(Path(folder).name + "-run") / "train.jsonl"
     if run.is_file() and (seen := {p["query"] for p in read_pairs(run)} & {p["query"] for p in pairs}):
         print(f"{len(seen)} of {len(pairs)} queries were trained on; val.jsonl beside them was not.")

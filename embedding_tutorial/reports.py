@@ -133,20 +133,21 @@ WHOSE = {  # what a reader wants to tell apart: (recipe, weights of it), and wha
     "sentence-transformers' defaults": ("sentence-transformers", "last", "batch 8, 3 epochs, rate 5e-5"),
     "FlagEmbedding's defaults": ("FlagEmbedding", "last", "batch 8, 3 epochs, rate 5e-5, τ 0.02"),
     "sentence-transformers, our settings": (
-        "sentence-transformers, our settings", "last", "our batch, rate, epochs; dropout 0.1"),
+        "sentence-transformers, our settings", "last", "our batch and rate, 10 epochs, dropout 0.1"),
     "the original article, as its loop ran": ("faulty schedule", "last", "2 × 80, τ 0.02, dropout 0.1"),
     "the original article": ("original", "last", "the same, its schedule corrected"),
     "the original article, halfway": ("original", "halfway", "corrected and merged"),
-    "ours: fine-tuned": ("default", "last", "batch 80, τ 0.05, no dropout"),
+    "ours: fine-tuned": ("default", "last", "batch 80, 5 epochs, τ 0.05, no dropout"),
     "ours: merged": ("default", "halfway", "the same, halfway to the base"),
 }  # fmt: skip
 WEIGHTS = {
     "base": ("base", "last"),
     "fine-tuned": ("default", "last"),
     "merged": ("default", "halfway"),
-    "three runs averaged, merged": ("default", "mean of runs, alpha 0.5"),
-    "rewrites, merged": ("rewrites", "halfway"),
-    "rewrites, three runs averaged, merged": ("rewrites", "mean of runs, alpha 0.5"),
+    "ten epochs, merged": ("10 epochs, rate 2e-4", "halfway"),
+    "… and three runs averaged": ("10 epochs, rate 2e-4", "mean of runs, alpha 0.5"),
+    "… and rewrites": ("rewrites", "halfway"),
+    "… and both": ("rewrites", "mean of runs, alpha 0.5"),
 }
 
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from . import profiles
 from .assets import t2retrieval_source
-from .encoder import Encoder, companions, fingerprint
+from .encoder import LENGTH_FILE, Encoder, companions, fingerprint
 from .evaluation import best_passages
 from .files import TutorialError, data_files, only_process, relative, sha256_of, sha256_once
 from .finetune import rank_of_positive
@@ -157,8 +157,9 @@ def token_identity(folder, max_length):
     """Everything that changes the token ids of a model folder: the same for a model and its fine-tuned one.
 
     All files beside the weights, whether they say anything about tokens or not: training copies them all.
+    (LENGTH_FILE it may change; `max_length` stands in its place.)
     """
-    files = {name: sha256_once(Path(folder) / name) for name in companions(folder)}
+    files = {name: sha256_once(Path(folder) / name) for name in companions(folder) if name != LENGTH_FILE}
     return {"files": files, "max_length": max_length}
 
 

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from embedding_tutorial import encoder as encoder_module
 from embedding_tutorial.encoder import (
     HEAD_FILES,
+    LENGTH_FILE,
     Encoder,
     Layout,
     LookUp,
@@ -36,7 +37,8 @@ from embedding_tutorial.encoder import (
     vectors_elsewhere,
     weights_file,
 )
-from embedding_tutorial.files import TutorialError, write_json
+from embedding_tutorial.files import TutorialError, read_json, write_json
+from embedding_tutorial.retrieval import token_identity
 
 # ---------------------------------------------------------------- tokens and groups
 
@@ -288,6 +290,20 @@ def test_a_saved_model_opens_everywhere_with_the_same_vectors(model, texts, tmp_
     unchanged = Encoder(base, max_length=512).eval()
     with torch.no_grad():
         assert np.abs(embed(unchanged, texts).numpy() - ours).max() > 0.01
+
+
+def test_a_long_text_is_read_by_sentence_transformers_as_far_as_in_training(minilm, tmp_path):
+    """MiniLM's own file cuts at 256 tokens; it was trained here, and judged, with 512."""
+    encoder, text = Encoder(minilm, max_length=512).eval(), ["first " * 300 + "and the last word"]
+    save_model(encoder, tmp_path / "saved")
+    with torch.no_grad():
+        ours = embed(encoder, text).numpy()
+    for folder, same in ((minilm, False), (tmp_path / "saved", True)):
+        theirs = SentenceTransformer(str(folder), device="cpu").encode(text, show_progress_bar=False)
+        assert (np.abs(theirs - ours).max() < 1e-5) == same
+    assert token_identity(minilm, 512) == token_identity(tmp_path / "saved", 512)
+    save_model(Encoder(minilm, max_length=64), tmp_path / "short")  # never lowered
+    assert read_json(tmp_path / "short" / LENGTH_FILE) == read_json(minilm / LENGTH_FILE)
 
 
 def test_the_two_heads_of_bge_m3_are_carried_and_work(tiny_m3, pairs, tmp_path):

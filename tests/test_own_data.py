@@ -225,9 +225,28 @@ def test_from_a_file_to_a_search(call, faq, tiny_bert, tmp_path):
     assert "queries were trained on" in call("evaluate", out, faq, "--device", "cpu")
     said = call("evaluate", out, tmp_path / "mine-run" / "val.jsonl", "--corpus", faq, "--device", "cpu")
     assert f"{len(held_out)} queries, 30 passages" in said and "MRR" in said
+    searched = tmp_path / "mine-run" / "passages.jsonl"
+    said = call("evaluate", out, tmp_path / "mine-run" / "val.jsonl", "--corpus", searched, "--device", "cpu")
+    assert f"{len(held_out)} queries, 32 passages" in said
+    assert reports.interval(results["results"]["MRR"]["merged"]) in said
     assert call("search", out, faq, "see also 3", "--top", 1, "--device", "cpu").strip()
     asked = call("search", out, tmp_path / "more.txt", "--device", "cpu", input="passage\n\n")
     assert "one more passage" in asked and "query (empty: end)" in asked
+
+
+def test_a_corpus_may_name_its_column_as_the_pairs_do_or_not(tmp_path):
+    (tmp_path / "own.csv").write_text("Frage,Antwort\nwas,das\n")
+    write_pairs(tmp_path / "other.jsonl", [{"text": "dies"}])
+    assert own_data.passages_in(tmp_path / "own.csv", "Antwort") == ["das"]
+    assert own_data.passages_in(tmp_path / "other.jsonl", "Antwort") == ["dies"]
+    assert own_data.passages_in(None, "Antwort") == []
+
+
+def test_settings_of_the_command_line_reach_the_run(call, faq, tiny_bert, tmp_path):
+    more = ("--epochs", 1, "--learning-rate", 3e-4, "--checkpointing", "--device", "cpu")
+    call("train", faq, "--model", tiny_bert, "--out", tmp_path / "m", *more)
+    config = json.loads((tmp_path / "m-run" / "config.json").read_text())
+    assert (config["epochs"], config["learning_rate"], config["checkpointing"]) == (1, 3e-4, True)
 
 
 def test_further_pairs_are_trained_on_and_never_judged(faq, tiny_bert, tmp_path):

@@ -430,7 +430,7 @@ def test_the_block_says_what_runs_where(gpu, monkeypatch):
         assert variable in rows["to change"]
 
     rows = printed(FULL)
-    assert "an epoch, ten of them" in rows["time"] and rows["memory"] == FULL.memory_cpu
+    assert "an epoch, five of them" in rows["time"] and rows["memory"] == FULL.memory_cpu
     gpu(count=2, free=11.4)
     rows = printed(FULL)
     assert rows["device"] == "cuda  (GPU-0, 11.4 of 12.0 GB free)"

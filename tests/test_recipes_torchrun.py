@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,7 +20,8 @@ from transformers import AutoModel, PreTrainedTokenizerFast, XLMRobertaConfig, X
 
 from embedding_tutorial.encoder import HEAD_FILES, Encoder, embed, read_pooling
 from embedding_tutorial.files import ROOT, TutorialError, read_json, write_json
-from recipes import engine, models, raw_bert
+from embedding_tutorial.pairs import write_pairs
+from recipes import compare, data, dense, engine, models, raw_bert, steps
 
 TINY = """--max_steps 3 --learning_rate 1e-2 --temperature 0.05 --query_max_len 16 --passage_max_len 32
     --per_device_train_batch_size 4 --use_cpu True --negatives_cross_device True"""
@@ -170,6 +173,30 @@ def test_what_is_printed_is_what_runs(tmp_path, file, bert, rows, capfd):
     assert printed["checksum"] == own["checksum"] and printed["losses"] == own["losses"]
     assert read_json(tmp_path / "own" / "recipe.json")["train_group_size"] == ["11"]
     opens_everywhere(tmp_path / "a run" / "model", [row["query"] for row in rows])
+
+
+def test_the_worked_example_of_the_readme(tmp_path, bert, monkeypatch, capsys):
+    """From an own file to a comparison: each line as it stands there, with a small model."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(steps, "OUTPUT", tmp_path / "recipes" / "output")
+    own = [{"query": f"add {i} to a number", "pos_doc": f"def add_{i}(x): return x + {i}"} for i in range(84)]
+    for name, part in (("my", own[:80]), ("held_out", own[80:])):
+        write_pairs(tmp_path / f"{name}.jsonl", part)
+    write_pairs(tmp_path / "passages.jsonl", [{"passage": pair["pos_doc"]} for pair in own])
+    section = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8").split("\n## 6.")[1]
+    lines = re.search(r"```bash\n(.+?)```", section, re.S)[1].splitlines()
+    modules, made = {"data.py": data, "dense.py": dense, "compare.py": compare}, None
+    for line in lines:
+        _, script, *words = shlex.split(line.replace("minilm", str(bert)).replace("FOLDER", str(made)))
+        if script == "recipes/dense.py":
+            words[words.index("--") : words.index("--")] = ["--model", str(bert), "--cpu"]
+        modules[os.path.basename(script)].main(words)
+        if script == "recipes/dense.py":  # "prints the folder that stands for FOLDER"
+            made = ROOT / re.findall(r"^Written: (.+)$", capsys.readouterr().out, re.M)[-1]
+    assert len(lines) == 4 and made.parent == steps.OUTPUT
+    found = read_json(steps.OUTPUT / "comparison" / "results.json")
+    assert (found["queries"], found["passages"]) == (4, 84)
+    assert {row["name"] for row in found["rows"]} == {"base", "mine"}
 
 
 def test_a_kill_in_the_middle_repeats_what_came_after_the_checkpoint(tmp_path, file, bert, capsys):

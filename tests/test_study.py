@@ -213,7 +213,7 @@ def test_a_smaller_part_of_the_pairs_lies_within_a_larger_one():
 
     assert len(drawn(20, 42)) == 20 and drawn(20, 42) < drawn(40, 42) and drawn(20, 42) != drawn(20, 43)
     config = study.config_of(study.RECIPES["20 pairs"], 42, 20, "fp32")
-    assert config.batch_size == 20 and config.epochs == 10
+    assert config.batch_size == 20 and config.epochs == 5
 
 
 def test_synthetic_pairs_leave_out_what_is_judged():
@@ -221,9 +221,9 @@ def test_synthetic_pairs_leave_out_what_is_judged():
     more = study.pairs.read_mbpp(study.SYNTHETIC_PAIRS)
     found = study.training_pairs(study.Recipe(synthetic=3), rows, [pair(more[1]["query"], "x")], None, None)
     assert [row["query"] for row in found] == ["own", more[0]["query"], more[2]["query"]]
-    for count, epochs in sr.SYNTHETIC.items():  # about as many updates as the default's 50
+    for count, epochs in sr.SYNTHETIC.items():  # about as many updates as the default's 25
         config = study.config_of(study.RECIPES[f"{count} synthetic"], 42, 341 + count, "fp32")
-        assert config.epochs == epochs and 45 <= epochs * -(-(341 + count) // 80) <= 50
+        assert config.epochs == epochs and 24 <= epochs * -(-(341 + count) // 80) <= 30
 
 
 def test_the_curves_are_drawn_where_their_rows_are_measured(tmp_path, monkeypatch):
