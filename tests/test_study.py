@@ -233,7 +233,7 @@ def test_the_curves_are_drawn_where_their_rows_are_measured(tmp_path, monkeypatc
         recipes[f"{count} pairs"] = entry({"last": [4] * 10, "halfway": [2] * 10})
     found = sr.how_much_data(results(**recipes), tmp_path / "size.png")
     assert (
-        "each doubling gives +0.122 [+0.122, +0.122] MRR" in found
+        "From 20 to 341 pairs each doubling gives +0.122 [+0.122, +0.122] MRR" in found
         and "341 pairs against none: +0.750" in found
     )
     assert sr.quality_for_minutes(results(**recipes), tmp_path / "x.png") is None
@@ -303,6 +303,23 @@ def test_the_readme_quotes_the_study():
     gain, after, before = (pocket[key] for key in [("default", "halfway")] * 2 + [("base", "last")])
     shown = sr.shown(gain["mrr - base"], sign=True)
     assert f"{shown} ({before['mrr'][0]:.3f} → {after['mrr'][0]:.3f})" in text
+
+
+def test_what_the_notebook_says_of_the_number_of_pairs():
+    """"20 or 40 bring nothing", "cost 0.04 to 0.05", "from 160 on the gain is clear", "nearly 0.02"."""
+    cells = read_json(ROOT / "01-train_embedding_with_validation.ipynb")["cells"]
+    said = next(text for text in ("".join(cell["source"]) for cell in cells) if "**How many pairs?**" in text)
+    assert "20 or 40 bring nothing" in said and "cost 0.04 to 0.05 MRR" in said and "nearly 0.02" in said
+    found = sr.Results(read_json(ROOT / "benchmarks" / "results" / "study.json"))
+    for count in (20, 40):
+        merged = found.interval(f"{count} pairs / halfway", "base")
+        assert merged[1] < 0 < merged[2] and abs(merged[0]) < 0.005
+        last = found.interval(f"{count} pairs", "base")
+        assert last[2] < 0 and -0.05 < last[0] < -0.04
+    low = {count: found.interval(f"{count} pairs / halfway", "base")[1] for count in (80, 160)}
+    assert low[80] < 0 < low[160]
+    for more, fewer in (("160 pairs", "80 pairs"), ("default", "160 pairs")):
+        assert 0.015 < found.interval(f"{more} / halfway", f"{fewer} / halfway")[0] < 0.02
 
 
 def test_no_costlier_recipe_stays_the_default():
