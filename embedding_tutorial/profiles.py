@@ -89,8 +89,8 @@ PROFILES = {
         name="pocket", model="sentence-transformers/all-MiniLM-L6-v2", label="MiniLM", pairs="pocket MBPP",
         retrieval="PocketT2Retrieval", precision="auto", token_budget=1024, encode_budget=2048,
         encode_precision="fp32", retrieval_length=512, shard_characters=50_000, learning_rate=2e-4,
-        minutes="not measured by us on a GPU; 5 to 8 min on 2 CPU cores",
-        cpu_work=("for both notebooks", 60, 44, 24), layer=(384, 1536),
+        minutes="not measured by us on a GPU; about 5 min on 2 CPU cores",
+        cpu_work=("for both notebooks", 60, 41, 5), layer=(384, 1536),
         memory="not measured by us on a GPU", memory_cpu="about 2.5 GB of RAM",
         gpu_gb=0.0, ram_gb=0.0, disk_gb=POCKET_DISK_GB),
 }
