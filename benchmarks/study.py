@@ -100,6 +100,7 @@ RECIPES = {
     "all pairs, rewrites": Recipe(rewrites=BOTH),
     # As many updates as without them: what more pairs give, and not what more training gives.
     **{f"{n} synthetic": Recipe(config={"epochs": e}, synthetic=n) for n, e in SYNTHETIC.items()},
+    "400 synthetic, 5 epochs": Recipe(synthetic=400),
     "faulty schedule": Recipe(config=common.ORIGINAL, leaking=True),
     # Their rates are their own: Adafactor's counts in a matrix's own size, and LoRA starts from zero.
     "Adafactor": Recipe(TEN | {"learning_rate": 4e-3}, change="with_adafactor"),
