@@ -220,14 +220,8 @@ def figure(results, path):
 def main(words=None):
     parser = steps.parser(__doc__)
     add, many = parser.add_argument, {"action": "append", "required": True, "metavar": "NAME=MODEL"}
-    add(
-        "--checkpoint",
-        help="a name for the table and minilm, bge-m3 or a model folder; may be repeated",
-        **many)
-    add(
-        "--queries",
-        type=Path,
-        help="a file of queries with answers; otherwise notebook 01's validation pairs")
+    add("--checkpoint", help="a name and minilm, bge-m3 or a model folder; may be repeated", **many)
+    add("--queries", type=Path, help="queries with answers; otherwise notebook 01's validation pairs")
     add("--corpus", type=Path, help="a file of further passages; beside the training codes of notebook 01")
     add("--instruction", default="", help="stands before every query")
     add("--output", type=Path, default=steps.OUTPUT / "comparison", help="folder")

@@ -79,13 +79,11 @@ def fitting_batch(gigabytes, config, options):
     fixed = PER_WEIGHT * (words * width + 12 * layers * width**2)
     once = is_on(options, "gradient_checkpointing")
     token = width * (layers * KEPT_CHECKPOINTING + KEPT if once else layers * KEPT)
-    if is_on(
-        options, "unified_finetuning"
-    ):  # while a text's sparse vector is made: a row per token, and back
+    if is_on(options, "unified_finetuning"):  # while sparse vectors are made: a row per token, and back
         token += 3 * 2 * words
     query, passage = number(options, "query_max_len"), number(options, "passage_max_len")
-    return int(
-        (0.85e9 * gigabytes - fixed) / (token * (query + number(options, "train_group_size") * passage)))
+    row = query + number(options, "train_group_size") * passage
+    return int((0.85e9 * gigabytes - fixed) / (token * row))
 
 
 def add_options(parser):
@@ -96,9 +94,7 @@ def add_options(parser):
     add("--data", type=Path, help="FlagEmbedding's lines, or a folder of data.py lengths; otherwise made")
     add("--output", type=Path, help="folder; otherwise one whose name tells runs apart")
     add("--processes", type=int, help="one per GPU; otherwise as many as there are, 2 on the CPU, 8 to print")
-    add(
-        "--gpu-gb", type=float, help="memory of a GPU, which sets the full batch; otherwise this one's, or 80"
-    )
+    add("--gpu-gb", type=float, help="memory of a GPU, sets the full batch; otherwise this one's, or 80")
     add("--cpu", action="store_true", help="train on the CPU although there is a GPU")
     add("--deepspeed", action="store_true", help=f"with {DEEPSPEED.name} (install it first)")
     add("--print", action="store_true", help="print the line that would run, and end")
@@ -193,8 +189,7 @@ def require(processes, options, folder, base):
     if not is_on(options, "use_cpu") and processes > gpus:
         raise TutorialError(f"{processes} processes, but {gpus} GPUs here. Lower --processes, or add --cpu.")
     if "deepspeed" in options and importlib.util.find_spec("deepspeed") is None:
-        raise TutorialError(
-            "DeepSpeed is not installed here. Remedy: pip install deepspeed, or run without --deepspeed.")
+        raise TutorialError("DeepSpeed is not installed here: pip install deepspeed, or no --deepspeed.")
     group, scores = number(options, "train_group_size", 8), is_on(options, "knowledge_distillation")
     found = {file: data.check_file(file, group, scores) for file in data_files(options)}
     batch = int(number(options, "per_device_train_batch_size", 8))
@@ -220,8 +215,8 @@ def cut_off(folder, processes):
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
     done = max((int(line.split()[1]) for line in lines if line.startswith(PROGRESS)), default=0)
     if done:
-        print(
-            f"It was cut off after update {done}. It goes on from update {last}: {done - last} are repeated.")
+        again = f"{done - last} are repeated."
+        print(f"It was cut off after update {done}. It goes on from update {last}: {again}")
     return marks[last].parent if last else None
 
 
@@ -311,11 +306,8 @@ def finish_model(work, base, target, pooling):
 
 def run(kind, processes, folder, options):
     """One run from start to the finished, checked `folder/model`. Returns what `done.json` says."""
-    folder = Path(folder).resolve()
-    base, work, reports = (
-        models.find_model(options["model_name_or_path"][0]),
-        folder / "work",
-        folder / "reports")
+    folder, base = Path(folder).resolve(), models.find_model(options["model_name_or_path"][0])
+    work, reports = folder / "work", folder / "reports"
     require(processes, options, folder, base)
     settings = {
         **{name: values for name, values in options.items() if name not in OURS},
@@ -340,11 +332,7 @@ def run(kind, processes, folder, options):
         shutil.rmtree(name)
     losses = [loss for loss in report["losses"] if math.isfinite(loss)]
     found = {
-        "processes": processes,
-        "updates": report["steps"],
-        "losses": losses,
-        "checksum": report["after"]}
-    found |= {
+        "processes": processes, "updates": report["steps"], "losses": losses, "checksum": report["after"],
         "precision": next((kind for kind in ("bf16", "fp16") if is_on(options, kind)), "fp32"),
         "passages_per_update": processes * report["passages"],
         "cpu_seconds_of_one_process": round(report["cpu_seconds"], 1),

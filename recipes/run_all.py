@@ -16,7 +16,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from embedding_tutorial import files, finetune, pairs  # noqa: E402
-from embedding_tutorial.files import ROOT, atomic_file, read_json, relative, write_json  # noqa: E402
+from embedding_tutorial.files import ROOT, atomic_file, markdown_table, read_json, relative, write_json  # noqa: E402
 from embedding_tutorial.reports import shortened  # noqa: E402
 from recipes import compare, data, dense, raw_bert, steps, unified  # noqa: E402
 
@@ -85,19 +85,14 @@ def findings(rows):
         for mode in ("dense", "sparse", "ColBERT", "weighted sum"):
             if (before, mode) in ranks and (after, mode) in ranks:
                 old, new = 1 / ranks[before, mode], 1 / ranks[after, mode]
-                (mean, low, high), p = (
-                    finetune.bootstrap_interval(new - old),
-                    finetune.sign_flip_test(new - old))
+                mean, low, high = finetune.bootstrap_interval(new - old)
+                p = finetune.sign_flip_test(new - old)
                 verdict = "better" if mean > 0 else "worse"
                 found.append(
                     f"{before} → {after} ({mode}): MRR {old.mean():.3f} → {new.mean():.3f}, {mean:+.3f} "
                     f"[{low:+.3f}, {high:+.3f}], p = {p:.4f}: "
                     f"{verdict if p < 0.05 else 'no difference that these queries can show'}.")
     return found
-
-
-def markdown(header, rows):
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [header, ["---"] * len(header), *rows])
 
 
 def one_line(text, width=90):
@@ -107,11 +102,9 @@ def one_line(text, width=90):
 def example(results):
     """The first training row, as FlagEmbedding reads it."""
     row = results["row"]
-    cells = [
-        ("query", row["query"]),
-        *(("pos", text) for text in row["pos"]),
-        *(("neg", t) for t in row["neg"][:3])]
-    table = markdown(("field", "text"), [(name, f"`{one_line(text)}`") for name, text in cells])
+    cells = [(name, text) for name in ("pos", "neg") for text in row[name][: 3 if name == "neg" else None]]
+    cells = [(name, f"`{one_line(text)}`") for name, text in [("query", row["query"]), *cells]]
+    table = markdown_table(("field", "text"), cells)
     return f"{table}\n\nand {len(row['neg']) - 3} negatives more."
 
 
@@ -124,12 +117,8 @@ def negatives(results):
         numbers = (count, passages // (count + 1), passages, passages - 1, run["updates"], seconds)
         cells.append((*numbers, rows[f"small BERT, {count or 'no'} negatives"]))
     cells += [(name, *[""] * 5, rows[name]) for name in ("small BERT, before", "MiniLM, ready-made")]
-    header = (
-        "negatives in the row",
-        "queries an update",
-        "passages an update",
-        "each query is compared with")
-    return markdown((*header, "updates", "CPU s", "MRR"), cells)
+    header = "negatives in the row|queries an update|passages an update|each query is compared with"
+    return markdown_table([*header.split("|"), "updates", "CPU s", "MRR"], cells)
 
 
 def search(results):
@@ -139,21 +128,13 @@ def search(results):
         marks = ["**right** " if text == found["right"] else "" for _, text in both]
         shown = [f"{s:.3f} {mark}`{one_line(text, 60)}`" for mark, (s, text) in zip(marks, both, strict=True)]
         cells.append((rank, *shown))
-    table = markdown(("", "ready-made", "after dense training"), cells)
+    table = markdown_table(("", "ready-made", "after dense training"), cells)
     return f"“{one_line(found['query'], 200)}”\n\n{table}"
 
 
 def report(results):
     """The long table, the runs and the findings."""
-    header = (
-        "run",
-        "precision",
-        "processes",
-        "updates",
-        "CPU s of one",
-        "whole step, s",
-        "GB of one",
-        "loss")
+    header = "run|precision|processes|updates|CPU s of one|whole step, s|GB of one|loss".split("|")
     runs = [
         (name, run["precision"], run["processes"], run["updates"], f"{run['cpu_seconds_of_one_process']:.0f}",
          f"{run['wall_seconds']:.0f}", f"{run['peak_memory_gb_of_one_process']:.1f}",
@@ -169,7 +150,7 @@ def report(results):
             f"All steps together took {results['wall_seconds'] / 60:.1f} minutes on {results['cores']} CPU "
             "cores (loading Python not counted).",
             "",
-            markdown(header, runs),
+            markdown_table(header, runs),
             "",
             "What these numbers say, and no more:",
             "",
@@ -207,18 +188,15 @@ def searched(rows):
     train, asked = data.tutorial_pairs()
     pair = asked[int((ranks["dense"] - ranks["MiniLM, ready-made"]).argmax())]
     passages = pairs.passages_of([*asked, *train])
-    found = {
-        side: compare.top(model, pair["query"], passages)
-        for side, model in (("before", "minilm"), ("after", DENSE))}
+    sides = (("before", "minilm"), ("after", DENSE))
+    found = {side: compare.top(model, pair["query"], passages) for side, model in sides}
     return {"query": pair["query"], "right": pair["pos_doc"], **found}
 
 
 def collect():
     """Gather what the steps left into results.json, the README and the figure."""
-    done = {
-        path.parent.relative_to(steps.OUTPUT).as_posix(): read_json(path)
-        for path in steps.OUTPUT.rglob("done.json")
-        if ".previous" not in str(path)}
+    marks = [path for path in steps.OUTPUT.rglob("done.json") if ".previous" not in str(path)]
+    done = {path.parent.relative_to(steps.OUTPUT).as_posix(): read_json(path) for path in marks}
     results = read_json(steps.OUTPUT / "comparison" / "results.json")
     results |= {
         "scale": "pocket",

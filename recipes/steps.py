@@ -29,9 +29,8 @@ def parser(text):
 
 def label(path):
     """A short name for a model folder or a data file: that of its own folder where its name says nothing."""
-    path = Path(path)
-    return (
-        path.parent.name if path.stem in ("model", "train", "groups", "merged", "fine-tuned") else path.stem)
+    path, plain = Path(path), ("model", "train", "groups", "merged", "fine-tuned")
+    return path.parent.name if path.stem in plain else path.stem
 
 
 def run(main):
@@ -66,8 +65,7 @@ def open_step(folder, settings, keep=()):
             if aside.exists() and not (aside / "recipe.json").is_file():
                 raise TutorialError(f"{files.relative(aside)} exists and no recipe made it. Move it away.")
             move_aside(folder, aside)
-            print(
-                f"{name} was made with other settings ({', '.join(changed)}): now {aside.name}.")
+            print(f"{name} was made with other settings ({', '.join(changed)}): now {aside.name}.")
         else:
             print(f"{name}: an earlier run did not finish{'.' if keep else ', done again.'}")
             for entry in folder.iterdir():
