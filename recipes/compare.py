@@ -229,14 +229,14 @@ def main(words=None):
     listed = [tuple(text.partition("=")[::2]) for text in args.checkpoint]
     if not all(name and model for name, model in listed):
         raise TutorialError(f"--checkpoint takes NAME=MODEL, not {args.checkpoint}.")
+    read = [args.queries, args.corpus, None] if args.queries else [data.VALIDATION, args.corpus, data.TRAIN]
     if args.queries:
         asked, corpus = pairs.one_per_query(pairs.read_pairs(args.queries)), pairs.read_corpus(args.corpus)
     else:
         corpus, asked = data.tutorial_pairs()
         corpus += pairs.read_corpus(args.corpus)
     settings = {
-        "data": [
-            path and sha256_of(path) for path in (args.queries or data.VALIDATION, args.corpus, data.TRAIN)],
+        "data": [path and sha256_of(path) for path in read],  # own queries need no file of the notebook
         "instruction": args.instruction,
         "checkpoints": [
             [name, fingerprint(model_of(model)[0]), model_of(model)[1]] for name, model in listed]}

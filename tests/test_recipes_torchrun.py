@@ -179,6 +179,8 @@ def test_the_worked_example_of_the_readme(tmp_path, bert, monkeypatch, capsys):
     """From an own file to a comparison: each line as it stands there, with a small model."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(steps, "OUTPUT", tmp_path / "recipes" / "output")
+    for name in ("TRAIN", "VALIDATION"):  # as in a clone in which notebook 01 has not run
+        monkeypatch.setattr(data, name, tmp_path / "no such file.jsonl")
     own = [{"query": f"add {i} to a number", "pos_doc": f"def add_{i}(x): return x + {i}"} for i in range(84)]
     for name, part in (("my", own[:80]), ("held_out", own[80:])):
         write_pairs(tmp_path / f"{name}.jsonl", part)
