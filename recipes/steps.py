@@ -2,8 +2,8 @@
 
 A step owns one folder. `recipe.json` in it says with which settings it was started, `done.json` that it
 finished and what it found. So a finished step is skipped, an unfinished one is emptied and done again,
-one that was made with other settings is kept beside the new one, and a folder without `recipe.json` is
-somebody else's and is never touched. (FlagEmbedding itself overwrites any folder without a word.)
+one of other settings that finished or has checkpoints is kept beside the new one, and a folder without
+`recipe.json` is somebody else's and is never touched. (FlagEmbedding itself overwrites any folder.)
 """
 
 import argparse
@@ -59,13 +59,15 @@ def open_step(folder, settings, keep=()):
         if before == settings and done.exists():
             print(f"{name}: already finished with these settings, skipped. Delete it to redo it.")
             return read_json(done)
-        if before != settings and done.exists():
+        half = "" if done.exists() else " and cut off; its checkpoints are kept"
+        if before != settings and (done.exists() or any(folder.glob("work/checkpoint-*"))):
             changed = sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name))
             aside = folder.with_name(folder.name + ".previous")
             if aside.exists() and not (aside / "recipe.json").is_file():
                 raise TutorialError(f"{files.relative(aside)} exists and no recipe made it. Move it away.")
+            where = aside.name + (", in place of an older one" if aside.exists() else "")
             move_aside(folder, aside)
-            print(f"{name} was made with other settings ({', '.join(changed)}): now {aside.name}.")
+            print(f"{name} was made with other settings ({', '.join(changed)}){half}: now {where}.")
         else:
             print(f"{name}: an earlier run did not finish{'.' if keep else ', done again.'}")
             for entry in folder.iterdir():

@@ -300,6 +300,24 @@ def test_other_settings_keep_the_old_result_beside(tmp_path, capsys):
     assert read_json(tmp_path / "step.previous" / "done.json")["rows"] == 3
 
 
+def test_other_settings_keep_the_checkpoints_of_a_run_that_was_cut_off(tmp_path, capsys):
+    folder = tmp_path / "run"
+    keep = ("work", "train.log")
+    steps.open_step(folder, {"seed": 1, "rate": 1}, keep)
+    (folder / "work" / "checkpoint-200").mkdir(parents=True)
+    (folder / "work" / "checkpoint-200" / "model.safetensors").write_text("hours")
+    assert steps.open_step(folder, {"seed": 2, "rate": 1}, keep) is None
+    assert "(seed) and cut off; its checkpoints are kept: now run.previous." in capsys.readouterr().out
+    assert (tmp_path / "run.previous/work/checkpoint-200/model.safetensors").read_text() == "hours"
+    assert [entry.name for entry in folder.iterdir()] == ["recipe.json"]
+    steps.open_step(folder, {"seed": 3, "rate": 1}, keep)  # nothing worth keeping: emptied, not moved
+    assert "did not finish" in capsys.readouterr().out
+    assert (tmp_path / "run.previous" / "work").exists()
+    steps.close_step(folder, {"rows": 3})
+    steps.open_step(folder, {"seed": 4, "rate": 1}, keep)
+    assert "now run.previous, in place of an older one." in capsys.readouterr().out
+
+
 def test_a_foreign_folder_is_refused_and_not_touched(tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(TutorialError, match="no recipe made it"):
