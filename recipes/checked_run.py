@@ -152,10 +152,12 @@ def main():
     known = group.get_world_size() if group.is_available() and group.is_initialized() else 1
     known = min(known, own.args.world_size, own.accelerator.num_processes)  # each may know another group
     report = {"rank": rank, "started": started, "group_size": known}
+    runner.model.float()  # transformers loads a base in the type it was saved in; bf16 weights barely move
     if known == started:
         mend(runner.model)
         go_on(runner)
         watch_first_batch(runner.model, report)
+        report["not_fp32"] = [n for n, w in runner.model.named_parameters() if w.dtype != torch.float32][:5]
         report["before"], begin, cpu = checksum(runner.model), time.perf_counter(), time.process_time()
         runner.trainer.add_callback(Along(runner, rank))
         runner.run()

@@ -278,6 +278,7 @@ def check_ranks(reports, processes):
         (not alone and len({report["after"] for report in found}) > 1,
          "The processes ended with different parameters: gradients were not synchronised, the saved model "
          f"knows only the data of the first process. {hint}"),
+        (first.get("not_fp32"), f"Not trained in fp32: {first.get('not_fp32')}. Save the base in fp32."),
         (first.get("not_finite"), f"Parameters are not finite after training: {first.get('not_finite')}. "
          "Lower the learning rate, or train in bf16 rather than fp16."),
         (first.get("after") == first.get("before"), "Training changed no parameter. Look at train.log.")):
@@ -289,14 +290,14 @@ def check_ranks(reports, processes):
 def finish_model(work, base, target, pooling):
     """Make a complete model folder of what FlagEmbedding saved.
 
-    It saves weights, config.json and the M3 heads, but neither modules.json nor 1_Pooling/: without them
-    SentenceTransformer falls back to mean pooling, wrong for a model trained with CLS. Tokenizer files
-    come from the base, since the saved ones keep the truncation of the training run.
+    It saves weights, config.json and the M3 heads it trained, but neither modules.json nor 1_Pooling/:
+    without them SentenceTransformer falls back to mean pooling, wrong for a model trained with CLS.
+    Tokenizer files come from the base, since the saved ones keep the truncation of the training run.
     """
     work, base, target = Path(work), Path(base), Path(target)
     config = read_json(work / "config.json")
     with files.atomic_folder(target) as folder:
-        encoder.copy_companions(base, folder)
+        encoder.copy_companions(base, folder, without=encoder.HEAD_FILES)  # those belong to the old weights
         for name in ("config.json", *encoder.WEIGHT_FILES, *encoder.HEAD_FILES):
             if (work / name).exists():
                 shutil.copyfile(work / name, folder / name)

@@ -605,7 +605,10 @@ def test_reports_that_show_a_silent_failure_do_not(tmp_path):
         engine.check_ranks(tmp_path, 2)
     with pytest.raises(TutorialError, match=r"Processes \[2\] of 3 left no report"):
         engine.check_ranks(tmp_path, 3)
-    for name, change in (("not finite", {"not_finite": ["w"]}), ("no parameter", {"after": "a"})):
+    for name, change in (
+        ("not finite", {"not_finite": ["w"]}), ("no parameter", {"after": "a"}),
+        ("Not trained in fp32: ..w", {"not_fp32": ["w"]}),
+    ):  # fmt: skip
         write_reports(tmp_path)
         for rank in range(2):
             path = tmp_path / f"rank-{rank}.json"

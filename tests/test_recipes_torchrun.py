@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,6 +138,22 @@ def test_unified_with_self_distillation_sub_batches_and_frozen_positions(tmp_pat
     old, new = (AutoModel.from_pretrained(f).embeddings for f in (m3, folder))
     assert torch.equal(old.position_embeddings.weight, new.position_embeddings.weight)
     assert not torch.equal(old.word_embeddings.weight, new.word_embeddings.weight)
+
+
+def test_a_base_saved_in_bf16_is_trained_in_fp32(tmp_path, file, m3, capsys):
+    """Dense training of a base with BGE-M3's heads: its heads know other weights and do not come along."""
+    base, read = tmp_path / "base", {"dtype": torch.bfloat16}
+    shutil.copytree(m3, base)
+    AutoModel.from_pretrained(m3, **read).save_pretrained(base)
+    assert AutoModel.from_pretrained(base).dtype == torch.bfloat16  # what FlagEmbedding would train
+    found = train("base", base, file, tmp_path / "run", "--max_steps 2 --learning_rate 1e-6")
+    model = AutoModel.from_pretrained(tmp_path / "run" / "model")
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32} and found["updates"] == 2
+    old = AutoModel.from_pretrained(base, dtype=torch.float32).state_dict()
+    moved = [(weight - old[name]).abs().max().item() for name, weight in model.state_dict().items()]
+    assert 0 < max(moved) < 1e-5  # smaller than bf16 can hold beside a weight
+    assert not [name for name in HEAD_FILES if (tmp_path / "run" / "model" / name).exists()]
+    assert set(compare.encoder_of(tmp_path / "run" / "model", max_length=32)(["add 1"])) == {"dense"}
 
 
 def test_unified_with_a_teacher(tmp_path, file, m3, rows):
