@@ -81,7 +81,8 @@ def encoder_of(folder, dims=None, max_length=512):
     def all_three(texts):
         found = model.encode(texts, batch_size=16, max_length=max_length, **wanted)
         sparse = sparse_matrix(found["lexical_weights"], len(model.tokenizer))
-        return {"dense": found["dense_vecs"], "sparse": sparse, "ColBERT": found["colbert_vecs"]}
+        several = [np.asarray(vectors, np.float32) for vectors in found["colbert_vecs"]]  # float16 on a GPU
+        return {"dense": np.asarray(found["dense_vecs"], np.float32), "sparse": sparse, "ColBERT": several}
 
     return all_three
 
@@ -159,12 +160,12 @@ def model_of(text):
     return models.find_model(model), int(dims) if dims else None
 
 
-def compare(listed, asked, corpus, instruction=""):
+def compare(listed, asked, corpus, instruction="", max_length=512):
     """Judge [(name, model)] on the pairs `asked`, searching also in `corpus` (texts or pairs)."""
     rows, reference = [], None
     for number, (name, model) in enumerate(listed, 1):
         print(f"[{number}/{len(listed)}] {name}", flush=True)
-        found, speed = evaluate(encoder_of(*model_of(model)), asked, corpus, instruction)
+        found, speed = evaluate(encoder_of(*model_of(model), max_length), asked, corpus, instruction)
         reference = found["dense"] if reference is None else reference
         for mode, ranks in found.items():
             more = {"heads": len(found) > 1, "queries_per_second": round(speed, 1)}
@@ -224,6 +225,7 @@ def main(words=None):
     add("--queries", type=Path, help="queries with answers; otherwise notebook 01's validation pairs")
     add("--corpus", type=Path, help="a file of further passages; beside the training codes of notebook 01")
     add("--instruction", default="", help="stands before every query")
+    add("--max-length", type=int, default=512, help="tokens of a text that are read")
     add("--output", type=Path, default=steps.OUTPUT / "comparison", help="folder")
     args = parser.parse_args(words)
     listed = [tuple(text.partition("=")[::2]) for text in args.checkpoint]
@@ -238,10 +240,11 @@ def main(words=None):
     settings = {
         "data": [path and sha256_of(path) for path in read],  # own queries need no file of the notebook
         "instruction": args.instruction,
+        "max_length": args.max_length,
         "checkpoints": [
             [name, fingerprint(model_of(model)[0]), model_of(model)[1]] for name, model in listed]}
     if steps.open_step(args.output, settings) is None:
-        results = compare(listed, asked, corpus, args.instruction)
+        results = compare(listed, asked, corpus, args.instruction, args.max_length)
         write_json(args.output / "results.json", results)
         with atomic_file(args.output / "table.md", "w") as file:
             file.write(table(results) + "\n")

@@ -700,6 +700,31 @@ def test_colbert_and_sparse_scores_are_those_of_flagembedding():
     assert np.allclose(ours, theirs)
 
 
+def test_the_half_precision_of_a_gpu_is_scored_in_fp32(tmp_path, tiny, monkeypatch):
+    """On a GPU FlagEmbedding gives float16: 1 and the next number below it are 0.0005 apart."""
+    import FlagEmbedding
+
+    vectors = np.array([[1, 0], [0.9995, 0.0316]], np.float16)
+
+    class Half:
+        def __init__(self, *args, **kwargs):
+            self.tokenizer = range(9)
+
+        def encode(self, texts, **kwargs):
+            asked.append(kwargs["max_length"])
+            return {"dense_vecs": vectors, "lexical_weights": [{"3": np.float16(0.1)}] * 2,
+                    "colbert_vecs": [vectors, vectors[:1]]}  # fmt: skip
+
+    asked = []
+    m3 = models.pocket_m3(tmp_path / "m3", ["a"], base=tiny)
+    monkeypatch.setattr(FlagEmbedding, "BGEM3FlagModel", Half)
+    found = compare.encoder_of(m3, max_length=77)(["a", "b"])
+    scores = compare.all_scores(found, found)
+    assert asked == [77] and {values.dtype for values in scores.values()} == {np.dtype(np.float32)}
+    exact = vectors.astype(np.float64) @ vectors.astype(np.float64).T
+    assert np.abs(scores["dense"] - exact).max() < 1e-6
+
+
 def test_the_comparison_as_a_command(tmp_path, tiny, capsys, monkeypatch):
     """Own queries in FlagEmbedding's format, two answers each, a corpus of one's own, and nothing else."""
     for name in ("TRAIN", "VALIDATION"):  # as in a clone in which notebook 01 has not run
@@ -715,8 +740,9 @@ def test_the_comparison_as_a_command(tmp_path, tiny, capsys, monkeypatch):
     words = ["--checkpoint", f"tiny={tiny}", "--checkpoint", f"tiny M3={m3}",
              "--checkpoint", f"short={tiny}@8",
              "--queries", str(tmp_path / "val.jsonl"), "--corpus", str(tmp_path / "corpus.txt"),
-             "--output", str(tmp_path / "out")]  # fmt: skip
+             "--output", str(tmp_path / "out"), "--max-length", "64"]  # fmt: skip
     compare.main(words)
+    assert read_json(tmp_path / "out" / "recipe.json")["max_length"] == 64
     results = read_json(tmp_path / "out" / "results.json")
     assert results["queries"] == 6 and results["passages"] == 12 + 3
     modes = [row["mode"] for row in results["rows"]]
