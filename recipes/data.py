@@ -8,7 +8,8 @@
 
 random and hard read the pairs of notebook 01, or with --data your own: any file that the tutorial reads, or
 FlagEmbedding's. A line is {"query": text, "pos": [texts], "neg": [texts]}, with "pos_scores" and "neg_scores"
-where a teacher has spoken. Pairs with one query become one row: all its answers are in "pos".
+where a teacher has spoken. Pairs with one query become one row: all its answers are in "pos". Negatives that
+a row has stay, in front; --count fills up.
 """
 
 import inspect
@@ -66,18 +67,26 @@ def row_of(pair, wrong):
     return {"query": pair["query"], "pos": answers_of(pair), "neg": wrong}
 
 
+def own_negatives(pair):
+    """The negatives that a pair came with, without those that are its right answers."""
+    right = {text.strip() for text in answers_of(pair)}
+    return [text for text in dict.fromkeys(pair.get("neg", ())) if text.strip() not in right]
+
+
 def random_negatives(pairs, count=10, seed=42):
-    """Yield FlagEmbedding's rows with `count` passages of other queries each, none of them right."""
+    """Yield FlagEmbedding's rows: their own negatives, filled up to `count` by passages of other queries."""
     right, passages, draw = positives_of(pairs), passages_of(pairs), random.Random(seed)
     place = {text: i for i, text in enumerate(passages)}
     for number, pair in enumerate(pairs, 1):
-        own = sorted(place[text] for text in right[pair["query"]])
-        left = len(passages) - len(own)
-        if left < count:
-            raise TutorialError(f"Row {number} can have {left} negatives, not {count}. Lower --count.")
-        wrong = []
-        for n in draw.sample(range(left), count):  # the n-th of those that are not right
-            for taken in own:
+        wrong = own_negatives(pair)
+        missing = max(0, count - len(wrong))
+        out = sorted(place[text] for text in {*right[pair["query"]], *wrong} if text in place)
+        left = len(passages) - len(out)
+        if left < missing:
+            can = left + len(wrong)
+            raise TutorialError(f"Row {number} can have {can} negatives, not {count}. Lower --count.")
+        for n in draw.sample(range(left), missing):  # the n-th of those that are left
+            for taken in out:
                 n += n >= taken
             wrong.append(passages[n])
         yield row_of(pair, wrong)
@@ -133,8 +142,8 @@ def mined(
 
     A passage that scores more than the positive's score - margin, or more than share of it, may well be right
     although nobody said so, and is left out (0.95 is TopK-PercPos of NV-Retriever, arXiv 2407.15831). corpus:
-    further passages. hardest: the best of those that are left, and not a sample of them. Queries with too few
-    left get random ones in their place. instruction: stands before every query.
+    further passages. hardest: the best of those that are left, and not a sample of them. Own negatives come
+    first; queries with too few left get random ones. instruction: stands before every query.
     """
     first, last = window
     if not 1 <= first <= last or last - first + 1 < count:
@@ -149,15 +158,18 @@ def mined(
         q = vectors(encoder, [instruction + pair["query"] for pair in block]).astype(np.float32)
         scores, found = index.search(q, k)
         for i, pair in enumerate(block):
-            taken = {place[text] for text in right[pair["query"]]}
+            given = own_negatives(pair)
+            taken = {place[text] for text in {*right[pair["query"]], *given} if text in place}
+            want = max(0, count - len(given))
             own = min(float(q[i] @ p[place[text]]) for text in answers_of(pair))
             limit = min(own - margin, own - (1 - share) * abs(own))
             near = zip(scores[i].tolist(), found[i].tolist(), strict=True)
             wrong = [(score, j) for score, j in near if j >= 0 and j not in taken]
             allowed = [passages[j] for score, j in wrong[first - 1 : last] if score <= limit]
-            chosen = allowed[:count] if hardest else draw.sample(allowed, min(count, len(allowed)))
+            chosen = given + (allowed[:want] if hardest else draw.sample(allowed, min(want, len(allowed))))
             others = [text for text in next(spares)["neg"] if text not in chosen]
-            yield row_of(pair, chosen + others[: count - len(chosen)]), count - len(chosen)
+            fill = others[: max(0, count - len(chosen))]
+            yield row_of(pair, chosen + fill), len(fill)
 
 
 def hard_negatives(pairs, encoder, *settings, **more):
@@ -305,6 +317,8 @@ def make(kind, output=None, data=None, **given):
     own = {name: value for name, value in settings.items() if name not in KINDS[kind][1]}
     if kind in ("random", "hard"):
         pairs = texts_of.one_per_query(read_pairs(data) if data else tutorial_pairs()[0])
+        if right := sum(len({*pair.get("neg", ())}) - len(own_negatives(pair)) for pair in pairs):
+            print(f"{right} negatives are right answers of the same query: left out.")
     else:
         found = check_file(data, group=2)
     said = {"kind": kind, "source": sha256_of(data or TRAIN), **settings}

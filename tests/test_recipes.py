@@ -54,6 +54,33 @@ def test_random_negatives_are_never_right():
         list(data.random_negatives(pairs, 6))
 
 
+def test_a_rows_own_negatives_stay_in_front(tmp_path, monkeypatch, capsys):
+    """FlagEmbedding's rows keep their negatives; what fills up is random or mined, and counted."""
+    pairs = make_pairs(8)
+    codes = [pair["pos_doc"] for pair in pairs]
+    lines = [{"query": p["query"], "pos": [p["pos_doc"]], "neg": []} for p in pairs]
+    lines[0]["neg"] = ["mine", codes[3], "mine", codes[0]]  # one twice, and one that is right
+    lines[1]["neg"] = [f"other {i}" for i in range(5)]  # more than --count
+    lines.append({"query": pairs[2]["query"], "pos": ["lambda x: x"], "neg": ["later", codes[4]]})
+    write_pairs(tmp_path / "rows.jsonl", lines)
+    on_a_line(monkeypatch, {text: 9 * i for i, text in enumerate([*codes, "lambda x: x", "c"])}
+              | {p["query"]: 9 * i - 1 for i, p in enumerate(pairs)})  # fmt: skip
+    monkeypatch.setattr(models, "load", lambda *args: None)
+    for kind in ("random", "hard"):
+        made = data.make(kind, tmp_path / kind, count=4, data=tmp_path / "rows.jsonl")
+        rows = [json.loads(line) for line in made.open()]
+        assert rows[0]["neg"][:2] == ["mine", codes[3]] and codes[0] not in rows[0]["neg"]
+        assert rows[1]["neg"] == lines[1]["neg"] and rows[2]["neg"][:2] == ["later", codes[4]]
+        assert all(len({*row["neg"]}) == 4 for n, row in enumerate(rows) if n != 1)
+        assert "1 negatives are right answers of the same query: left out" in capsys.readouterr().out
+    # Of row 2 one answer stands far away, and hardly anything scores below it: two random ones.
+    assert read_json(tmp_path / "hard" / "done.json")["random_fill_ins"] == 2
+    full = [pair | {"neg": ["a", "b"]} for pair in pairs[:2]]  # nothing is left to draw, and nothing missing
+    assert [row["neg"] for row in data.random_negatives(full, 2)] == [["a", "b"]] * 2
+    with pytest.raises(TutorialError, match="Row 1 can have 3 negatives, not 4"):
+        list(data.random_negatives(full, 4))
+
+
 def test_random_negatives_are_drawn_evenly():
     """Each wrong passage about as often as any other, those beside the right one included."""
     pairs = [*make_pairs(8), {"query": "add 3 to a number", "pos_doc": "lambda x: x + 3"}]
