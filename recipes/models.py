@@ -90,8 +90,8 @@ def pocket_m3(folder, texts, base=None, seed=42):
     """MiniLM in BGE-M3's layout: its own dense vectors, and two heads with fresh random weights.
 
     BGE-M3 has trained heads; here the sparse and the ColBERT vectors mean nothing before the recipe has
-    trained them. Of the vocabulary only what `texts` use is kept, with every single character: that
-    changes no vector of these texts, and the sparse vectors, one number per vocabulary entry and token
+    trained them. Of the vocabulary only what `texts` use is kept (None: all), with every single character:
+    that changes no vector of these texts, and the sparse vectors, one number per vocabulary entry and token
     while training, become several times smaller. FlagEmbedding blanks the weight of an `eos_token`, which
     BERT does not name: its [SEP] takes that place. base: another BERT folder to build on.
     """
@@ -114,13 +114,13 @@ def pocket_m3(folder, texts, base=None, seed=42):
 
 
 def trimmed(tokenizer, texts):
-    """(a tokenizer with only the entries that `texts` use, the old ids of its entries).
+    """(a tokenizer with only the entries that `texts` use, or None: all; the old ids of its entries).
 
     WordPiece takes the longest entry that matches, so these texts are cut as before. The entries up to
     the last special one keep their ids.
     """
-    rows = tokenizer(list(texts), truncation=False, padding=False)["input_ids"]
-    used = {number for row in rows for number in row}
+    rows = tokenizer(list(texts), truncation=False, padding=False)["input_ids"] if texts is not None else ()
+    used = {number for row in rows for number in row} if texts is not None else range(len(tokenizer))
     vocabulary, fixed = tokenizer.get_vocab(), max(tokenizer.all_special_ids)
     single = {number for word, number in vocabulary.items() if len(word.removeprefix("##")) == 1}
     kept = sorted({*range(fixed + 1), *used, *single})

@@ -659,6 +659,26 @@ def test_the_trimmed_vocabulary_changes_no_vector(tmp_path):
     assert (folder / "colbert_linear.pt").exists() and (folder / "sparse_linear.pt").exists()
 
 
+def test_the_pocket_base_knows_the_words_of_an_own_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(unified, "BASE", tmp_path / "base" / "m3")
+    monkeypatch.setattr(data, "tutorial_pairs", lambda: (make_pairs(4), make_pairs(2)))
+    for name, word in (("own", "rheumatism"), ("pocket", "add 1 to a number")):
+        row = {"query": word, "pos": [make_pairs(1)[0]["pos_doc"]], "neg": [make_pairs(2)[1]["pos_doc"]]}
+        write_pairs(tmp_path / f"{name}.jsonl", [row])
+    bases = {}
+    for name in ("own", "pocket"):
+        words = ["--data", str(tmp_path / f"{name}.jsonl"), "--print"]
+        bases[name] = engine.options_of(printed(unified, words, capsys)[3])["model_name_or_path"][0]
+    assert bases["pocket"] == str(unified.pocket_base()) and bases["own"] == f"{bases['pocket']}-whole"
+    own, cut = (AutoTokenizer.from_pretrained(folder) for folder in bases.values())
+    known = AutoTokenizer.from_pretrained(pocket_model_path())
+    assert own.tokenize("rheumatism") == known.tokenize("rheumatism") and len(own) == len(known)
+    assert len(cut.tokenize("rheumatism")) == 10  # a letter each
+    whole = Encoder(bases["own"], 16).eval(), Encoder(pocket_model_path(), 16).eval()
+    with torch.no_grad():
+        assert torch.allclose(*(embed(encoder, ["my rheumatism"]) for encoder in whole), atol=1e-6)
+
+
 def test_a_model_that_is_not_here_says_how_to_fetch_it():
     for name in ("no/such/model", ROOT / "models" / "bert-base-uncased"):
         with pytest.raises(TutorialError, match="hf download"):
