@@ -17,6 +17,7 @@ import itertools
 import math
 import random
 import sys
+from array import array
 from collections import Counter
 from pathlib import Path
 
@@ -237,12 +238,15 @@ def row_problem(row, group=1, scores=False):
 
 
 def check_file(path, group=1, scores=False):
-    """{"rows", "batch_size", "shared": pairs of rows with a common positive} of a FlagEmbedding file.
+    """What is in a FlagEmbedding file that will be used with a `train_group_size` of `group`.
 
+    {"rows", "batch_size", "shared": pairs of rows with a common positive, "crossed": rows with a negative
+    that is another's positive, "clash": for `clashes`, "few": numbers of the rows with too few negatives}.
     TutorialError with the row number when one is wrong, or asks what an earlier row asks: in one batch each
     would be the other's negative. Nothing is kept but a number for each text.
     """
-    asked, answers, found = {}, Counter(), {"rows": 0, "batch_size": None}
+    asked, answers, drawn, wrong, sizes = {}, Counter(), Counter(), array("q"), array("q")
+    found = {"rows": 0, "batch_size": None, "crossed": 0, "few": []}
     for number, row in read_rows(path):
         problem = row_problem(row, group, scores)
         if not problem and (first := asked.setdefault(hash(row["query"]), number)) != number:
@@ -251,11 +255,53 @@ def check_file(path, group=1, scores=False):
         if problem:
             raise TutorialError(f"{relative(path)}, row {number}: {problem}. Correct or remove the row.")
         answers.update(map(hash, set(row["pos"])))
+        drawn.update({hash(text): 1 / len(row["pos"]) for text in row["pos"]})
+        wrong.extend(map(hash, row["neg"]))
+        sizes.append(len(row["neg"]))
+        found["few"] += [number] if len(row["neg"]) < group - 1 else []
         found["rows"] += 1
         found["batch_size"] = found["batch_size"] or row.get("batch_size")
     if not found["rows"]:
         raise TutorialError(f"{relative(path)} holds no rows. Make it again with recipes/data.py.")
-    return found | {"shared": sum(n * (n - 1) // 2 for n in answers.values())}
+    clash, texts = sum((n - 1) * drawn[text] for text, n in answers.items()), iter(wrong)
+    for size in sizes:
+        right = sum(answers[text] for text in itertools.islice(texts, size))
+        found["crossed"] += right > 0
+        clash += right * min(1, (group - 1) / size) if right else 0
+    return found | {"shared": sum(n * (n - 1) // 2 for n in answers.values()), "clash": round(clash, 3)}
+
+
+def clashes(found, batch):
+    """How often a right answer is expected to count as wrong in a batch of `batch` rows of a checked file."""
+    rows = max(2, found["rows"])
+    return found["clash"] * batch * (batch - 1) / (rows * (rows - 1))
+
+
+def remarks(found, group, batch):
+    """What a reader should know before training on a checked file, a line each; FlagEmbedding is silent."""
+    if few := found["few"]:
+        where = ", ".join(map(str, few[:5])) + (", …" if few[5:] else "")
+        yield f"{len(few):,} rows have fewer than {group - 1} negatives, which are repeated: rows {where}."
+    if found["shared"] or found["crossed"]:
+        yield (
+            f"{found['shared']:,} pairs of rows have a positive in common, {found['crossed']:,} rows have a "
+            "negative that is another row's positive. Where two meet in a batch, a right answer may count as "
+            f"wrong: {clashes(found, batch):.2f} times in a batch of {batch}.")
+
+
+def drawn_batches(rows, batch, group, batches=300, seed=0):
+    """Means of batches drawn as FlagEmbedding draws them, one of "pos" and group − 1 of "neg" of each row:
+
+    (different passages, queries whose right answer also stands among the wrong ones, how often it does).
+    """
+    draw, found = random.Random(seed), np.zeros(3)
+    for _ in range(batches):
+        chosen = draw.sample(rows, batch)
+        texts = ([draw.choice(row["pos"]), *draw.sample(row["neg"], group - 1)] for row in chosen)
+        count = Counter(itertools.chain.from_iterable(texts))
+        wrong = [sum(count[text] for text in {*row["pos"]}) - 1 for row in chosen]
+        found += len(count), sum(n > 0 for n in wrong), sum(wrong)
+    return tuple((found / batches).round(2).tolist())
 
 
 def length_groups(rows, tokenizer, bounds=(64, 128, 256, 512), tokens=8192, group=1, processes=2):
@@ -320,7 +366,7 @@ def make(kind, output=None, data=None, **given):
         if right := sum(len({*pair.get("neg", ())}) - len(own_negatives(pair)) for pair in pairs):
             print(f"{right} negatives are right answers of the same query: left out.")
     else:
-        found = check_file(data, group=2)
+        found = check_file(data, group=settings["group"] if kind == "lengths" else 2)
     said = {"kind": kind, "source": sha256_of(data or TRAIN), **settings}
     if "model" in settings:
         folder, length = models.find_model(settings["model"]), settings["max_length"]
@@ -350,7 +396,8 @@ def make(kind, output=None, data=None, **given):
         return made
     write_pairs(made, rows)
     found = check_file(made, group=2, scores=kind == "teacher") | filled
-    print(", ".join(f"{name.replace('_', ' ')}: {n}" for name, n in found.items() if n is not None))
+    shown = ("rows", "shared", "crossed", *filled)
+    print(", ".join(f"{name.replace('_', ' ')}: {found[name]}" for name in shown))
     steps.close_step(made.parent, found)
     return made
 
@@ -379,12 +426,7 @@ def main(words=None):
         return make(**vars(args))
     found = check_file(args.data, args.group)
     print(f"{relative(args.data)}: {found['rows']:,} rows, all in order.")
-    if found["shared"]:  # FlagEmbedding masks nothing
-        expected = found["shared"] * (args.batch / found["rows"]) ** 2
-        print(
-            f"{found['shared']:,} pairs of rows have a positive in common. Where two meet in a batch, a "
-            f"right answer counts as wrong: {expected:.2f} times in a batch of {args.batch}."
-        )
+    print(*(line + "\n" for line in remarks(found, args.group, args.batch)), sep="", end="")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ cut off goes on from its last checkpoint.
 """
 
 import importlib.util
+import itertools
 import math
 import os
 import re
@@ -21,10 +22,13 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from embedding_tutorial import encoder, files, profiles  # noqa: E402
 from embedding_tutorial.files import ROOT, TutorialError, read_json, relative  # noqa: E402
+from embedding_tutorial.own_data import say_what_is_cut  # noqa: E402
+from embedding_tutorial.pairs import read_rows  # noqa: E402
 from embedding_tutorial.runs import require_run_space  # noqa: E402
 from recipes import data, models, steps  # noqa: E402
 from recipes.checked_run import PROGRESS, WHOLE  # noqa: E402
@@ -166,12 +170,21 @@ def recipe(args, *settings):
     if is_on(options, "same_dataset_within_batch"):
         print("The batch of each file is the batch_size in its rows.")
     else:
-        queries = int(number(options, "per_device_train_batch_size")) * processes
-        passages = queries * int(number(options, "train_group_size"))
-        print(f"{queries} queries an update, each against {passages} passages: {passages - 1} negatives.")
+        names = ("per_device_train_batch_size", "gradient_accumulation_steps", "train_group_size")
+        own, repeats, group = (int(number(options, name, 1)) for name in names)
+        seen = own * group * sharing(processes, options)
+        queries = f"{own * processes * repeats} queries an update"
+        print(f"{queries}, each against {seen} passages: {seen - 1} negatives.")
+        if seen > own * group and is_on(options, "unified_finetuning"):
+            print(f"So for the dense loss; sparse, ColBERT and sum see their own process: {own * group - 1}.")
     words = [settings[1], str(processes), str(folder), *words_of(options)]
     print(shlex.join([sys.executable, str(Path(__file__).resolve()), *words]), flush=True)
     return None if args.print else main(words)
+
+
+def sharing(processes, options):
+    """How many processes share their passages as negatives."""
+    return processes if is_on(options, "negatives_cross_device") else 1
 
 
 def data_files(options):
@@ -183,8 +196,21 @@ def data_files(options):
     return sum(inside, [])
 
 
+def say_lengths(base, options, rows_of):
+    """Say what --query_max_len and --passage_max_len cut, in 1,000 rows of a file. rows_of: {file: rows}."""
+    rows, tokenizer = [], AutoTokenizer.from_pretrained(base)
+    for file, count in rows_of.items():
+        rows += [row for _, row in itertools.islice(read_rows(file), 0, None, max(1, count // 1000))]
+    used = ("pos", "neg") if number(options, "train_group_size", 8) > 1 else ("pos",)
+    before = "".join(options.get("query_instruction_for_retrieval", []))
+    passages = list(dict.fromkeys(text for row in rows for name in used for text in row[name]))
+    queries = [before + row["query"] for row in rows]
+    say_what_is_cut(tokenizer, queries, int(number(options, "query_max_len", 32)), "queries looked at")
+    say_what_is_cut(tokenizer, passages, int(number(options, "passage_max_len", 128)), "passages looked at")
+
+
 def require(processes, options, folder, base):
-    """TutorialError for what would fail or mislead later."""
+    """{data file: its number of rows}; TutorialError for what would fail or mislead later."""
     gpus = torch.cuda.device_count()
     if not is_on(options, "use_cpu") and processes > gpus:
         raise TutorialError(f"{processes} processes, but {gpus} GPUs here. Lower --processes, or add --cpu.")
@@ -194,16 +220,22 @@ def require(processes, options, folder, base):
     found = {file: data.check_file(file, group, scores) for file in data_files(options)}
     batch = int(number(options, "per_device_train_batch_size", 8))
     if is_on(options, "same_dataset_within_batch"):  # a batch from one file: a smaller file would vanish
-        sizes = {file: (one["rows"], one["batch_size"] or batch) for file, one in found.items()}
+        sets = {file: one | {"batch": one["batch_size"] or batch} for file, one in found.items()}
     else:
-        sizes = {options["train_data"][0]: (sum(one["rows"] for one in found.values()), batch)}
-    for file, (rows, batch) in sizes.items():
-        if rows < batch * processes:
+        every = {"few": sum((one["few"] for one in found.values()), []), "batch": batch}
+        for name in ("rows", "shared", "crossed", "clash"):
+            every[name] = sum(one[name] for one in found.values())
+        sets = {options["train_data"][0]: every}
+    for file, one in sets.items():
+        if one["rows"] < (least := one["batch"] * processes):
             raise TutorialError(
-                f"{relative(file)} has {rows} rows, fewer than one batch of {batch * processes}. "
+                f"{relative(file)} has {one['rows']} rows, fewer than one batch of {least}. "
                 "Lower --per_device_train_batch_size, or the batch_size in the rows of a length group.")
+        for line in data.remarks(one, int(group), one["batch"] * sharing(processes, options)):
+            print(f"{relative(file)}: {line}")
     size = encoder.weights_file(base).stat().st_size
     require_run_space(folder, size, 2 * size, keep=2)
+    return {file: one["rows"] for file, one in found.items()}
 
 
 def cut_off(folder, processes):
@@ -309,7 +341,7 @@ def run(kind, processes, folder, options):
     """One run from start to the finished, checked `folder/model`. Returns what `done.json` says."""
     folder, base = Path(folder).resolve(), models.find_model(options["model_name_or_path"][0])
     work, reports = folder / "work", folder / "reports"
-    require(processes, options, folder, base)
+    rows_of = require(processes, options, folder, base)
     settings = {
         **{name: values for name, values in options.items() if name not in OURS},
         "engine": kind,
@@ -319,6 +351,7 @@ def run(kind, processes, folder, options):
     found = steps.open_step(folder, settings, keep=("work", "train.log"))
     if found:
         return found
+    say_lengths(base, options, rows_of)
     reports.mkdir()
     words = [*words_of(options), "--output_dir", str(work), "--cache_path", str(folder / "cache")]
     if checkpoint := cut_off(folder, processes):

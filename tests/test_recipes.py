@@ -214,7 +214,40 @@ def test_rows_with_one_positive_are_counted(tmp_path, capsys):
     assert data.check_file(file)["shared"] == 3  # of three rows each two
     data.main(["check", str(file), "--batch", "10"])
     assert "3 pairs of rows have a positive in common" in (said := capsys.readouterr().out)
-    assert "0.33 times in a batch of 10" in said
+    # Each of the two that meet sees its right answer as the other's: 2 × 3 × (10 × 9) / (30 × 29).
+    assert "0.62 times in a batch of 10" in said
+
+
+def test_a_negative_that_is_right_for_another_row_is_counted_as_often_as_it_is_drawn(tmp_path, capsys):
+    rows = [{"query": f"q{i}", "pos": [f"p{i}"], "neg": [f"n{i}", f"m{i}"]} for i in range(40)]
+    for i in range(10):
+        rows[i]["neg"][0] = f"p{i + 20}"
+    rows[20]["pos"].append("p21")  # shared, and one of two
+    rows[39]["neg"] = ["p0"]  # fewer than a group of 3 draws
+    write_pairs(tmp_path / "train.jsonl", rows)
+    found = data.check_file(tmp_path / "train.jsonl", group=2)
+    assert (found["shared"], found["crossed"], found["few"]) == (1, 11, [])
+    # p21 by row 21, and by row 20 every second time; of nine negatives half; p21 is right for two; p0 always.
+    assert found["clash"] == pytest.approx((1 + 0.5) + (9 * 0.5 + 2 * 0.5) + 1)
+    different, queries, often = data.drawn_batches(rows, 20, 2, batches=4000)
+    assert often == pytest.approx(data.clashes(found, 20), rel=0.05) and 0 < queries <= often
+    assert 38 < different < 39  # of 40, and some stand there twice
+    assert data.check_file(tmp_path / "train.jsonl")["clash"] == 1.5  # a group of 1 draws no negative
+    data.main(["check", str(tmp_path / "train.jsonl"), "--group", "3", "--batch", "20"])
+    said = capsys.readouterr().out
+    assert "1 pairs of rows have a positive in common, 11 rows have a negative that is another row's" in said
+    assert "1 rows have fewer than 2 negatives, which are repeated: rows 40." in said
+    more = data.check_file(tmp_path / "train.jsonl", group=3)
+    assert f"{data.clashes(more, 20):.2f} times in a batch of 20.\n" in said and data.clashes(more, 20) > 2
+
+
+def test_length_groups_of_rows_without_negatives(tmp_path, tiny):
+    write_pairs(tmp_path / "t.jsonl", [{"query": f"q{i}", "pos": [f"p{i}"], "neg": []} for i in range(8)])
+    typed = ["lengths", "--data", str(tmp_path / "t.jsonl"), "--model", str(tiny), "--output"]
+    made = data.main([*typed, str(tmp_path / "one"), "--bounds", "16", "--tokens", "64"])
+    assert len((made / "up-to-16.jsonl").read_text().splitlines()) == 8
+    with pytest.raises(TutorialError, match="row 1: 'neg' is empty"):
+        data.main([*typed, str(tmp_path / "two"), "--group", "2"])
 
 
 def test_pairs_with_one_query_become_one_row(tmp_path):
@@ -492,7 +525,8 @@ def test_one_gpu_does_not_stop_anything(monkeypatch, capsys):
     monkeypatch.setattr(engine.profiles, "training_precision", lambda profile, device: "fp16")
     monkeypatch.setattr(engine, "require_run_space", lambda *args, **kwargs: None)
     file, ran = ROOT / "data" / "pocket_mbpp.json", []
-    monkeypatch.setattr(data, "check_file", lambda *args: {"rows": 1000, "batch_size": None, "shared": 0})
+    checked = dict.fromkeys(("shared", "crossed", "clash"), 0) | {"rows": 1000, "batch_size": None, "few": []}
+    monkeypatch.setattr(data, "check_file", lambda *args: checked)
     monkeypatch.setattr(data, "make", lambda step, **options: file)
 
     def run(kind, processes, folder, options):
@@ -572,6 +606,58 @@ def test_scores_are_computed_in_fp32():
         rounded = q @ p.T / 0.02
         mended = checked_run.in_fp32(lambda a, b: a @ b.T / 0.02)(q, p)
     assert (rounded - exact).abs().max() > 0.02 and (mended - exact).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("recipe", "theirs", "said"),
+    [
+        (dense, "", ["80 queries an update, each against 80 passages: 79 negatives."]),
+        (dense, "--gradient_accumulation_steps 3",  # gives no negatives
+         ["240 queries an update, each against 80 passages: 79 negatives."]),
+        (dense, "--negatives_cross_device False",
+         ["80 queries an update, each against 40 passages: 39 negatives."]),
+        (unified, "", ["32 queries an update, each against 64 passages: 63 negatives.",
+                       "So for the dense loss; sparse, ColBERT and sum see their own process: 31."]),
+        (unified, "--negatives_cross_device False",
+         ["32 queries an update, each against 32 passages: 31 negatives."]),
+    ],
+)  # fmt: skip
+def test_the_negatives_of_each_loss_are_said(recipe, theirs, said, tmp_path, tiny, capsys):
+    write_pairs(tmp_path / "t.jsonl", [{"query": "q", "pos": ["p"], "neg": ["n"]}])
+    words = ["--data", str(tmp_path / "t.jsonl"), "--model", str(tiny), "--cpu", "--print"]
+    recipe.main([*words, *(["--", *theirs.split()] if theirs else [])])
+    assert capsys.readouterr().out.splitlines()[:-1] == said
+
+
+def test_what_a_run_cuts_off_and_takes_for_wrong_is_said_before_it(tmp_path, tiny, capsys, monkeypatch):
+    monkeypatch.setattr(engine, "require_run_space", lambda *args, **kwargs: None)
+    texts = [("word " * (n + 1), f"p{n} {'word ' * 20}") for n in range(12)]
+    rows = [{"query": q, "pos": [p], "neg": [f"n{n}"]} for n, (q, p) in enumerate(texts)]
+    rows[0]["neg"] = [rows[5]["pos"][0]]
+    write_pairs(tmp_path / "t.jsonl", rows)
+    options = engine.options_of(
+        f"{engine.COMMON} --train_data {tmp_path / 't.jsonl'} --per_device_train_batch_size 3 --use_cpu True "
+        "--negatives_cross_device True --query_max_len 8 --passage_max_len 16 --train_group_size 3"
+    )
+    rows_of = engine.require(2, options, tmp_path / "out", tiny)
+    said = capsys.readouterr().out
+    assert "t.jsonl: 12 rows have fewer than 2 negatives, which are repeated: rows 1, 2, 3, 4, 5, …." in said
+    assert f"wrong: {1 * 6 * 5 / (12 * 11):.2f} times in a batch of 6." in said  # of both processes
+    engine.say_lengths(tiny, options, rows_of)
+    said = capsys.readouterr().out.splitlines()  # a query of n words has n + 2 tokens
+    assert said == ["6 of 12 queries looked at are longer than 8 tokens: cut there.",
+                    "12 of 23 passages looked at are longer than 16 tokens: cut there."]  # fmt: skip
+    options |= {"train_group_size": ["1"], "query_instruction_for_retrieval": ["word "]}
+    engine.say_lengths(tiny, options, rows_of)
+    said = capsys.readouterr().out
+    assert said.startswith("7 of 12 queries") and "12 of 12 passages" in said
+    monkeypatch.setattr(engine, "say_what_is_cut", lambda tokenizer, texts, *more: seen.append(texts))
+    seen = []
+    engine.say_lengths(tiny, options, {tmp_path / "t.jsonl": 4000})  # each fourth row
+    assert [text.count("word") - 1 for text in seen[0]] == [1, 5, 9]
+    options |= {"negatives_cross_device": ["False"], "train_group_size": ["2"]}
+    engine.require(2, options, tmp_path / "out", tiny)
+    assert f"wrong: {1 * 3 * 2 / (12 * 11):.2f} times in a batch of 3." in capsys.readouterr().out
 
 
 def test_the_deepspeed_configuration_keeps_parameters_whole():
