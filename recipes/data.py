@@ -199,11 +199,11 @@ def cross_encoder(folder, max_length):
     return lambda cells: model.predict(cells, activation_fn=torch.nn.Identity()).tolist()
 
 
-def teacher_scores(rows, score, temperature=0.05):
+def teacher_scores(rows, score, temperature=0.2):
     """Yield the rows with `pos_scores` and `neg_scores`: what `score` says of [(query, text)] / temperature.
 
-    FlagEmbedding takes a plain softmax of these numbers. Bare cosines lie so close together that the
-    target would be nearly uniform, hence the temperature here; the logits of a --cross encoder take 1.
+    FlagEmbedding takes a plain softmax of these numbers. That of bare cosines is nearly flat, that of cosines
+    over 0.05 nearly one-hot: it says what the row says already. The logits of a --cross encoder take 1.
     """
     for block in blocks(rows):
         cells = [(row["query"], text) for row in block for text in [*row["pos"], *row["neg"]]]
@@ -212,6 +212,11 @@ def teacher_scores(rows, score, temperature=0.05):
             yield row | {
                 f"{name}_scores": [round(next(values) / temperature, 4) for _ in row[name]]
                 for name in ("pos", "neg")}
+
+
+def target_of(row):
+    """What the teacher's softmax gives the first right answer beside each of the negatives alone."""
+    return [1 / (1 + math.exp(min(700, n - row["pos_scores"][0]))) for n in row["neg_scores"]]
 
 
 def row_problem(row, group=1, scores=False):
@@ -375,7 +380,7 @@ def make(kind, output=None, data=None, **given):
         said["corpus"] = sha256_of(settings["corpus"])
     if steps.open_step(made.parent, said):
         return made
-    rows, filled = (row for _, row in read_rows(data)) if data else None, Counter()
+    rows, filled, targets = (row for _, row in read_rows(data)) if data else None, Counter(), array("d")
     if kind == "random":
         rows = random_negatives(pairs, **own)
     elif kind == "hard":
@@ -386,6 +391,7 @@ def make(kind, output=None, data=None, **given):
         plain = not settings["cross"]
         score = cosines(models.load(folder, length), settings["instruction"]) if plain else None
         rows = teacher_scores(rows, score or cross_encoder(folder, length), **own)
+        rows = (targets.extend(target_of(row)) or row for row in rows)
     else:
         groups, lengths = length_groups(rows, models.load(folder, length).tokenizer, **own)
         for bound, batch, size in groups:
@@ -395,6 +401,9 @@ def make(kind, output=None, data=None, **given):
         steps.close_step(made.parent, found | {"groups": groups})
         return made
     write_pairs(made, rows)
+    if targets:
+        shares = f"mean {np.mean(targets):.3f}, median {np.median(targets):.3f}"
+        filled["target_on_the_positive"] = f"{shares} beside one negative"
     found = check_file(made, group=2, scores=kind == "teacher") | filled
     shown = ("rows", "shared", "crossed", *filled)
     print(", ".join(f"{name.replace('_', ' ')}: {found[name]}" for name in shown))

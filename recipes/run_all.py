@@ -32,13 +32,15 @@ RUNS = [  # (name in the table, folder, what it is compared with, recipe, its ar
     ("dense", "dense", "MiniLM, ready-made", dense, "", ""),
     ("dense, then hard negatives", "dense-hard", "dense", dense,
      f"--hard --model {DENSE} --data {HARD}", ""),
-    ("dense, taught", "dense-taught", "MiniLM, ready-made", dense,
+    ("dense, untaught", "dense-untaught", "MiniLM, ready-made", dense, f"--data {TAUGHT}",
+     "--train_group_size 2"),  # the same rows and groups without the teacher
+    ("dense, taught", "dense-taught", "dense, untaught", dense,
      f"--teacher {DENSE_HARD} --data {TAUGHT}", "--train_group_size 2"),
     ("MRL", "dense-mrl", "dense", dense, "", "--use_mrl True --mrl_dims 64 128 384"),
     ("dense, in length groups", "dense-lengths", "dense", dense, f"--data {DATA}/lengths/groups", ""),
     ("unified, plain", "unified-plain", "unified, before", unified, f"--plain --data {HARD}", ""),
     ("unified, self-distilled", "unified", "unified, plain", unified, f"--data {HARD}", ""),
-    ("unified, taught", "unified-taught", "unified, self-distilled", unified,
+    ("unified, taught", "unified-taught", "unified, plain", unified,
      f"--teacher {DENSE_HARD} --data {TAUGHT}", ""),
     ("small BERT, no negatives", "raw-bert-0", "small BERT, before", raw_bert, "--negatives 0", ""),
     ("small BERT, 10 negatives", "raw-bert-10", "small BERT, no negatives", raw_bert, "--negatives 10", ""),
@@ -46,7 +48,7 @@ RUNS = [  # (name in the table, folder, what it is compared with, recipe, its ar
 BEFORE = {  # what has to be there before a run: arguments of data.py
     "dense": "random --count 10",
     "dense-hard": f"hard --model {DENSE}",
-    "dense-taught": f"teacher --data {HARD} --model {DENSE_HARD} --output {DATA}/taught",
+    "dense-untaught": f"teacher --data {HARD} --model {DENSE_HARD} --output {DATA}/taught",
     "dense-lengths": f"lengths --data {RANDOM} --output {DATA}/lengths --bounds 48 96 256 --tokens 4096"}
 MODELS = {  # name in the table: model
     "MiniLM, ready-made": "minilm",

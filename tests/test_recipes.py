@@ -148,6 +148,8 @@ def test_teacher_scores_are_cosines_over_temperature(monkeypatch):
         [{"query": "q", "pos": ["p"], "neg": ["n"]}], data.cosines(None), temperature=0.5
     )
     assert row["pos_scores"] == [2.0] and row["neg_scores"] == [1.0]
+    assert data.target_of(row) == pytest.approx([1 / (1 + math.exp(-1))])
+    assert data.target_of({"pos_scores": [-900.0], "neg_scores": [900.0]})[0] < 1e-300
 
 
 def test_a_cross_encoder_scores_pairs_by_its_logits(tmp_path, tiny):
@@ -314,6 +316,9 @@ def test_the_data_recipe_as_a_command(tmp_path, tiny, capsys):
     file = tmp_path / "hard" / "train.jsonl"
     data.main(["teacher", "--data", str(file), "--model", str(tiny), "--output", str(tmp_path / "teacher")])
     file_taught = tmp_path / "teacher" / "train.jsonl"
+    targets = [target for line in file_taught.open() for target in data.target_of(json.loads(line))]
+    shown = f"mean {np.mean(targets):.3f}, median {np.median(targets):.3f}"
+    assert f"target on the positive: {shown}" in capsys.readouterr().out and len(targets) == 48
     assert data.check_file(file_taught, group=2, scores=True)["rows"] == 16
     assert all(len(json.loads(line)["neg_scores"]) == 3 for line in file_taught.open())
     capsys.readouterr()
