@@ -116,11 +116,20 @@ def negatives(results):
     for count in (0, 10, 50):
         run = results["runs"][f"raw-bert-{count}"]
         passages, seconds = run["passages_per_update"], f"{run['cpu_seconds_of_one_process']:.0f}"
-        numbers = (count, passages // (count + 1), passages, passages - 1, run["updates"], seconds)
-        cells.append((*numbers, rows[f"small BERT, {count or 'no'} negatives"]))
-    cells += [(name, *[""] * 5, rows[name]) for name in ("small BERT, before", "MiniLM, ready-made")]
-    header = "negatives in the row|queries an update|passages an update|each query is compared with"
-    return markdown_table([*header.split("|"), "updates", "CPU s", "MRR"], cells)
+        different, misled, _ = results["batches"][str(count)]
+        numbers = (count, passages // (count + 1), passages, passages - 1, round(different), f"{misled:.1f}")
+        cells.append((*numbers, run["updates"], seconds, rows[f"small BERT, {count or 'no'} negatives"]))
+    cells += [(name, *[""] * 7, rows[name]) for name in ("small BERT, before", "MiniLM, ready-made")]
+    header = (
+        "negatives in the row|queries an update|passages an update|each query is compared with|"
+        "different passages|queries whose right answer also stands among the wrong ones|updates|CPU s|MRR")
+    return markdown_table(header.split("|"), cells)
+
+
+def batch_of(count):
+    """`data.drawn_batches` of raw_bert.py's own file and batch."""
+    rows, group = data.read_rows(data.place("random", count=max(1, count))), count + 1
+    return data.drawn_batches([row for _, row in rows], raw_bert.PRESETS["pocket"][1] // group, group)
 
 
 def search(results):
@@ -210,6 +219,7 @@ def collect():
             | {"first_loss": done[name]["losses"][0], "last_loss": done[name]["losses"][-1]}
             for _, name, *_ in RUNS},
         "findings": findings(results["rows"]),
+        "batches": {str(count): batch_of(count) for count in (0, 10, 50)},
         "row": json.loads((ROOT / RANDOM).open(encoding="utf-8").readline()),
         "search": searched(results["rows"])}
     write_json(RESULTS, results)

@@ -466,6 +466,7 @@ def test_flagembedding_parses_every_printed_line(
     assert training.deepspeed == (str(engine.DEEPSPEED) if deepspeed else None)
     for name, value in wanted.items():
         assert getattr(data_, name, None) == value or getattr(training, name, None) == value
+    assert recipe is not raw_bert or training.max_steps > 0  # as many updates for every number of negatives
 
 
 def test_the_line_for_gpus_knows_models_that_are_not_here(capsys, eight_gpus):
@@ -1010,6 +1011,12 @@ def test_results_are_gathered_from_the_steps(tmp_path, monkeypatch):
     for name in ("RESULTS", "README", "FIGURE"):
         monkeypatch.setattr(run_all, name, tmp_path / getattr(run_all, name).name)
     monkeypatch.setattr(run_all, "RANDOM", str(tmp_path / "random.jsonl"))
+    for count in (1, 10, 50):
+        codes = [pair["pos_doc"] for pair in make_pairs(204)]
+        own = [{"query": f"q{i}", "pos": [code], "neg": (codes[i + 1 :] + codes[:i])[:count]}
+               for i, code in enumerate(codes)]  # fmt: skip
+        (tmp_path / "output" / "data" / f"random-{count}").mkdir(parents=True)
+        write_pairs(tmp_path / "output" / "data" / f"random-{count}" / "train.jsonl", own)
     write_pairs(tmp_path / "random.jsonl", [{"query": "a | b", "pos": ["p"], "neg": list("nmklj")}])
     pairs = make_pairs(9)
     monkeypatch.setattr(data, "tutorial_pairs", lambda: (pairs[3:], pairs[:3]))
@@ -1030,6 +1037,8 @@ def test_results_are_gathered_from_the_steps(tmp_path, monkeypatch):
     assert "MiniLM, ready-made → dense (dense): MRR 0.667 → 0.833" in text
     assert "| query | `a \\| b` |" in text and "2 negatives more" in text
     assert "| 10 | 18 | 204 | 203 |" in text and "| 50 | 4 | 204 | 203 |" in text
+    assert "| 0 | 204 | 204 | 203 | 204 | 0.0 |" in text and 0 < results["batches"]["50"][1] < 4
+    assert 100 < results["batches"]["10"][0] < 198 and 0 < results["batches"]["10"][1] < 18
     assert results["search"]["query"] == "add 0 to a number" and "1.000 **right** `def add_0" in text
     assert run_all.FIGURE.stat().st_size > 10_000
 
