@@ -18,7 +18,7 @@ import numpy as np
 import scipy.sparse
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from embedding_tutorial import figures, finetune, pairs, profiles  # noqa: E402
+from embedding_tutorial import figures, files, finetune, pairs, profiles  # noqa: E402
 from embedding_tutorial.encoder import HEAD_FILES, fingerprint, read_pooling  # noqa: E402
 from embedding_tutorial.files import TutorialError, atomic_file, relative, sha256_of, write_json  # noqa: E402
 from recipes import data, models, steps  # noqa: E402
@@ -56,10 +56,7 @@ def colbert_scores(queries, passages):
     return np.stack([np.maximum.reduceat(query @ every.T, starts, axis=1).mean(axis=0) for query in queries])
 
 
-SCORES = {
-    "dense": lambda q, p: q @ p.T,
-    "sparse": lambda q, p: (q @ p.T).toarray(),
-    "ColBERT": colbert_scores}
+SCORES = {"dense": np.inner, "sparse": lambda q, p: (q @ p.T).toarray(), "ColBERT": colbert_scores}
 
 
 def encoder_of(folder, dims=None, max_length=512):
@@ -123,8 +120,7 @@ def evaluate(encode, asked, corpus=(), instruction=""):
                 if number == 0:
                     own.setdefault(mode, np.empty(len(owner)))[mine] = scores[rows, column[mine]]
                     scores[rows, column[mine]] = -np.inf
-                ahead = [
-                    (scores[row] >= value).sum() for row, value in zip(rows, own[mode][mine], strict=True)]
+                ahead = [(scores[row] >= one).sum() for row, one in zip(rows, own[mode][mine], strict=True)]
                 before.setdefault(mode, np.zeros(len(owner), int))[mine] += ahead
     bounds = np.cumsum(list(map(len, right)))[:-1]
     for mode, counts in before.items():
@@ -183,13 +179,12 @@ def table(results):
         return "{0:{3}.3f} [{1:{3}.3f}, {2:{3}.3f}]".format(*triple, sign)
 
     names = [*(f"Recall@{k}" for k in CUTOFFS), "MRR", "nDCG@10", "MRR − reference", "p", "queries/s"]
-    lines = [f"| checkpoint | {' | '.join(names)} |", f"|{' --- |' * (len(names) + 1)}"]
+    lines = []
     for number, row in enumerate(results["rows"]):
         cells = [cell(row[metric]) if metric == "mrr" else f"{row[metric][0]:.3f}" for metric in METRICS]
         cells += ["reference", ""] if number == 0 else [cell(row["mrr_gain"], "+"), f"{row['p']:.4f}"]
-        cells.append(f"{row['queries_per_second']:.0f}")
-        lines.append(f"| {' | '.join([label(row), *cells])} |")
-    return "\n".join(lines).replace("-0.", "−0.")
+        lines.append([label(row), *cells, f"{row['queries_per_second']:.0f}"])
+    return files.markdown_table(["checkpoint", *names], lines).replace("-0.", "−0.")
 
 
 def figure(results, path):
@@ -200,22 +195,19 @@ def figure(results, path):
     """
     triples = [row["mrr"] for row in results["rows"]]
     mean, name = triples[0][0], label(results["rows"][0])
-    rows = [
-        {"label": label(row), "value": value, "lo": low, "hi": high}
-        | ({"group": "far below, on an axis of their own"} if high < mean * 2 / 3 else {})
-        for row, (value, low, high) in zip(results["rows"], triples, strict=True)]
+    rows, apart = [], {"group": "far below, on an axis of their own"}
+    for row, (value, low, high) in zip(results["rows"], triples, strict=True):
+        shown = {"label": label(row), "value": value, "lo": low, "hi": high}
+        rows.append(shown | (apart if high < mean * 2 / 3 else {}))
     rows.sort(key=lambda row: "group" in row)  # the reference's panel first
     best = max(rows, key=lambda row: row["value"])
     above, below = sum(low > mean for _, low, _ in triples), sum(high < mean for *_, high in triples)
-    figures.intervals(
-        rows,
+    title = (
         f"Highest MRR: {best['label']}, {best['value']:.3f}. Of {len(rows)} intervals, {above} lie above "
-        f"the reference's {mean:.3f} and {below} below",
-        path,
-        xlabel="MRR",
-        reference=mean,
-        reference_label=f"{name}: {mean:.3f}",
-        source=f"{results['queries']} queries against {results['passages']} passages; recipes/compare.py")
+        f"the reference's {mean:.3f} and {below} below")
+    source = f"{results['queries']} queries against {results['passages']} passages; recipes/compare.py"
+    shown = {"reference": mean, "reference_label": f"{name}: {mean:.3f}", "source": source}
+    figures.intervals(rows, title, path, xlabel="MRR", **shown)
 
 
 def main(words=None):
@@ -231,18 +223,15 @@ def main(words=None):
     listed = [tuple(text.partition("=")[::2]) for text in args.checkpoint]
     if not all(name and model for name, model in listed):
         raise TutorialError(f"--checkpoint takes NAME=MODEL, not {args.checkpoint}.")
-    read = [args.queries, args.corpus, None] if args.queries else [data.VALIDATION, args.corpus, data.TRAIN]
+    corpus, read = pairs.read_corpus(args.corpus), [args.queries, args.corpus, None]
     if args.queries:
-        asked, corpus = pairs.one_per_query(pairs.read_pairs(args.queries)), pairs.read_corpus(args.corpus)
+        asked = pairs.one_per_query(pairs.read_pairs(args.queries))
     else:
-        corpus, asked = data.tutorial_pairs()
-        corpus += pairs.read_corpus(args.corpus)
-    settings = {
-        "data": [path and sha256_of(path) for path in read],  # own queries need no file of the notebook
-        "instruction": args.instruction,
-        "max_length": args.max_length,
-        "checkpoints": [
-            [name, fingerprint(model_of(model)[0]), model_of(model)[1]] for name, model in listed]}
+        (train, asked), read = data.tutorial_pairs(), [data.VALIDATION, args.corpus, data.TRAIN]
+        corpus = train + corpus
+    settings = {"instruction": args.instruction, "max_length": args.max_length}
+    settings["data"] = [path and sha256_of(path) for path in read]  # own queries: no file of the notebook
+    settings["checkpoints"] = [[n, fingerprint(model_of(m)[0]), model_of(m)[1]] for n, m in listed]
     if steps.open_step(args.output, settings) is None:
         results = compare(listed, asked, corpus, args.instruction, args.max_length)
         write_json(args.output / "results.json", results)

@@ -80,13 +80,11 @@ def random_negatives(pairs, count=10, seed=42):
     place = {text: i for i, text in enumerate(passages)}
     for number, pair in enumerate(pairs, 1):
         wrong = own_negatives(pair)
-        missing = max(0, count - len(wrong))
         out = sorted(place[text] for text in {*right[pair["query"]], *wrong} if text in place)
         left = len(passages) - len(out)
-        if left < missing:
-            can = left + len(wrong)
+        if (can := left + len(wrong)) < count:
             raise TutorialError(f"Row {number} can have {can} negatives, not {count}. Lower --count.")
-        for n in draw.sample(range(left), missing):  # the n-th of those that are left
+        for n in draw.sample(range(left), max(0, count - len(wrong))):  # the n-th of those that are left
             for taken in out:
                 n += n >= taken
             wrong.append(passages[n])
@@ -136,9 +134,8 @@ def index_of(passages):
     return index
 
 
-def mined(
-    pairs, encoder, count=7, window=(1, 60), margin=0.02, seed=42, share=1.0, corpus=(), hardest=False,
-    instruction=""):
+def mined(pairs, encoder, count=7, window=(1, 60), margin=0.02, seed=42, share=1.0, corpus=(),
+          hardest=False, instruction=""):
     """Yield (row, random fill-ins): negatives drawn from the ranks `window` of each query's wrong passages.
 
     A passage that scores more than the positive's score - margin, or more than share of it, may well be right
@@ -159,9 +156,8 @@ def mined(
         q = vectors(encoder, [instruction + pair["query"] for pair in block]).astype(np.float32)
         scores, found = index.search(q, k)
         for i, pair in enumerate(block):
-            given = own_negatives(pair)
-            taken = {place[text] for text in {*right[pair["query"]], *given} if text in place}
-            want = max(0, count - len(given))
+            given, own_right = own_negatives(pair), right[pair["query"]]
+            taken, want = {place.get(text) for text in {*own_right, *given}}, max(0, count - len(given))
             own = min(float(q[i] @ p[place[text]]) for text in answers_of(pair))
             limit = min(own - margin, own - (1 - share) * abs(own))
             near = zip(scores[i].tolist(), found[i].tolist(), strict=True)
@@ -171,12 +167,6 @@ def mined(
             others = [text for text in next(spares)["neg"] if text not in chosen]
             fill = others[: max(0, count - len(chosen))]
             yield row_of(pair, chosen + fill), len(fill)
-
-
-def hard_negatives(pairs, encoder, *settings, **more):
-    """(all rows of `mined`, number of random fill-ins)."""
-    found = list(mined(pairs, encoder, *settings, **more))
-    return [row for row, _ in found], sum(filled for _, filled in found)
 
 
 def cosines(encoder, instruction=""):
@@ -209,9 +199,9 @@ def teacher_scores(rows, score, temperature=0.2):
         cells = [(row["query"], text) for row in block for text in [*row["pos"], *row["neg"]]]
         values = iter(score(cells))
         for row in block:
-            yield row | {
-                f"{name}_scores": [round(next(values) / temperature, 4) for _ in row[name]]
-                for name in ("pos", "neg")}
+            for name in ("pos", "neg"):
+                row = row | {f"{name}_scores": [round(next(values) / temperature, 4) for _ in row[name]]}
+            yield row
 
 
 def target_of(row):
@@ -278,7 +268,7 @@ def check_file(path, group=1, scores=False):
 
 def clashes(found, batch):
     """How often a right answer is expected to count as wrong in a batch of `batch` rows of a checked file."""
-    rows = max(2, found["rows"])
+    rows, batch = max(2, found["rows"]), min(batch, found["rows"])
     return found["clash"] * batch * (batch - 1) / (rows * (rows - 1))
 
 
@@ -287,26 +277,11 @@ def remarks(found, group, batch):
     if few := found["few"]:
         where = ", ".join(map(str, few[:5])) + (", …" if few[5:] else "")
         yield f"{len(few):,} rows have fewer than {group - 1} negatives, which are repeated: rows {where}."
-    if found["shared"] or found["crossed"]:
+    if found["clash"]:
         yield (
             f"{found['shared']:,} pairs of rows have a positive in common, {found['crossed']:,} rows have a "
             "negative that is another row's positive. Where two meet in a batch, a right answer may count as "
             f"wrong: {clashes(found, batch):.2f} times in a batch of {batch}.")
-
-
-def drawn_batches(rows, batch, group, batches=300, seed=0):
-    """Means of batches drawn as FlagEmbedding draws them, one of "pos" and group − 1 of "neg" of each row:
-
-    (different passages, queries whose right answer also stands among the wrong ones, how often it does).
-    """
-    draw, found = random.Random(seed), np.zeros(3)
-    for _ in range(batches):
-        chosen = draw.sample(rows, batch)
-        texts = ([draw.choice(row["pos"]), *draw.sample(row["neg"], group - 1)] for row in chosen)
-        count = Counter(itertools.chain.from_iterable(texts))
-        wrong = [sum(count[text] for text in {*row["pos"]}) - 1 for row in chosen]
-        found += len(count), sum(n > 0 for n in wrong), sum(wrong)
-    return tuple((found / batches).round(2).tolist())
 
 
 def length_groups(rows, tokenizer, bounds=(64, 128, 256, 512), tokens=8192, group=1, processes=2):
@@ -376,8 +351,7 @@ def make(kind, output=None, data=None, **given):
     if "model" in settings:
         folder, length = models.find_model(settings["model"]), settings["max_length"]
         said["model"] = fingerprint(folder)
-    if settings.get("corpus"):
-        said["corpus"] = sha256_of(settings["corpus"])
+    said |= {"corpus": sha256_of(settings["corpus"])} if settings.get("corpus") else {}
     if steps.open_step(made.parent, said):
         return made
     rows, filled, targets = (row for _, row in read_rows(data)) if data else None, Counter(), array("d")
@@ -402,8 +376,8 @@ def make(kind, output=None, data=None, **given):
         return made
     write_pairs(made, rows)
     if targets:
-        shares = f"mean {np.mean(targets):.3f}, median {np.median(targets):.3f}"
-        filled["target_on_the_positive"] = f"{shares} beside one negative"
+        shares = f"mean {np.mean(targets):.3f}, median {np.median(targets):.3f} beside one negative"
+        filled["target_on_the_positive"] = shares
     found = check_file(made, group=2, scores=kind == "teacher") | filled
     shown = ("rows", "shared", "crossed", *filled)
     print(", ".join(f"{name.replace('_', ' ')}: {found[name]}" for name in shown))
@@ -434,7 +408,8 @@ def main(words=None):
     if args.kind != "check":
         return make(**vars(args))
     found = check_file(args.data, args.group)
-    print(f"{relative(args.data)}: {found['rows']:,} rows, all in order.")
+    more = f"; {n:,} have a negative that is another row's positive" if (n := found["crossed"]) else ""
+    print(f"{relative(args.data)}: {found['rows']:,} rows, all in order{more}.")
     print(*(line + "\n" for line in remarks(found, args.group, args.batch)), sep="", end="")
 
 

@@ -102,8 +102,7 @@ def add_options(parser):
     add("--cpu", action="store_true", help="train on the CPU although there is a GPU")
     add("--deepspeed", action="store_true", help=f"with {DEEPSPEED.name} (install it first)")
     add("--print", action="store_true", help="print the line that would run, and end")
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    parser.set_defaults(gpus=gpus)
+    parser.set_defaults(gpus=torch.cuda.device_count() if torch.cuda.is_available() else 0)
 
 
 def parsed(parser, words):
@@ -203,7 +202,7 @@ def say_lengths(base, options, rows_of):
         rows += [row for _, row in itertools.islice(read_rows(file), 0, None, max(1, count // 1000))]
     used = ("pos", "neg") if number(options, "train_group_size", 8) > 1 else ("pos",)
     before = "".join(options.get("query_instruction_for_retrieval", []))
-    passages = list(dict.fromkeys(text for row in rows for name in used for text in row[name]))
+    passages = list({text: None for row in rows for name in used for text in row[name]})
     queries = [before + row["query"] for row in rows]
     say_what_is_cut(tokenizer, queries, int(number(options, "query_max_len", 32)), "queries looked at")
     say_what_is_cut(tokenizer, passages, int(number(options, "passage_max_len", 128)), "passages looked at")
@@ -216,22 +215,20 @@ def require(processes, options, folder, base):
         raise TutorialError(f"{processes} processes, but {gpus} GPUs here. Lower --processes, or add --cpu.")
     if "deepspeed" in options and importlib.util.find_spec("deepspeed") is None:
         raise TutorialError("DeepSpeed is not installed here: pip install deepspeed, or no --deepspeed.")
-    group, scores = number(options, "train_group_size", 8), is_on(options, "knowledge_distillation")
+    group, scores = int(number(options, "train_group_size", 8)), is_on(options, "knowledge_distillation")
     found = {file: data.check_file(file, group, scores) for file in data_files(options)}
     batch = int(number(options, "per_device_train_batch_size", 8))
     if is_on(options, "same_dataset_within_batch"):  # a batch from one file: a smaller file would vanish
         sets = {file: one | {"batch": one["batch_size"] or batch} for file, one in found.items()}
     else:
         every = {"few": sum((one["few"] for one in found.values()), []), "batch": batch}
-        for name in ("rows", "shared", "crossed", "clash"):
-            every[name] = sum(one[name] for one in found.values())
+        every |= {n: sum(one[n] for one in found.values()) for n in ("rows", "shared", "crossed", "clash")}
         sets = {options["train_data"][0]: every}
+    lower = "Lower --per_device_train_batch_size, or the batch_size in the rows of a length group."
     for file, one in sets.items():
-        if one["rows"] < (least := one["batch"] * processes):
-            raise TutorialError(
-                f"{relative(file)} has {one['rows']} rows, fewer than one batch of {least}. "
-                "Lower --per_device_train_batch_size, or the batch_size in the rows of a length group.")
-        for line in data.remarks(one, int(group), one["batch"] * sharing(processes, options)):
+        if (rows := one["rows"]) < (least := one["batch"] * processes):
+            raise TutorialError(f"{relative(file)} has {rows} rows, fewer than one batch of {least}. {lower}")
+        for line in data.remarks(one, group, one["batch"] * sharing(processes, options)):
             print(f"{relative(file)}: {line}")
     size = encoder.weights_file(base).stat().st_size
     require_run_space(folder, size, 2 * size, keep=2)
@@ -296,8 +293,8 @@ def check_ranks(reports, processes):
     places = [Path(reports) / f"rank-{n}.json" for n in range(processes)]
     missing = [n for n, place in enumerate(places) if not place.exists()]
     if missing:
-        raise TutorialError(
-            f"Processes {missing} of {processes} left no report in {relative(reports)}: see train.log there.")
+        where = f"{relative(reports)}: see train.log there."
+        raise TutorialError(f"Processes {missing} of {processes} left no report in {where}")
     found = [read_json(place) for place in places]
     first, sizes = found[0], [report["group_size"] for report in found]
     alone, hint = set(sizes) != {processes}, "On the CPU, --use_cpu is missing."
@@ -334,7 +331,7 @@ def finish_model(work, base, target, pooling):
             if (work / name).exists():
                 shutil.copyfile(work / name, folder / name)
         encoder.weights_file(folder)
-        models.describe_pooling(folder, config["hidden_size"], pooling)
+        encoder.describe_pooling(folder, config["hidden_size"], pooling)
 
 
 def run(kind, processes, folder, options):
@@ -342,12 +339,9 @@ def run(kind, processes, folder, options):
     folder, base = Path(folder).resolve(), models.find_model(options["model_name_or_path"][0])
     work, reports = folder / "work", folder / "reports"
     rows_of = require(processes, options, folder, base)
-    settings = {
-        **{name: values for name, values in options.items() if name not in OURS},
-        "engine": kind,
-        "processes": processes,
-        "model": encoder.fingerprint(base),
-        "data": files.text_key([files.sha256_of(file) for file in data_files(options)])}
+    settings = {name: values for name, values in options.items() if name not in OURS}
+    settings |= {"engine": kind, "processes": processes, "model": encoder.fingerprint(base)}
+    settings["data"] = files.text_key([files.sha256_of(file) for file in data_files(options)])
     found = steps.open_step(folder, settings, keep=("work", "train.log"))
     if found:
         return found
@@ -358,12 +352,11 @@ def run(kind, processes, folder, options):
         words += ["--resume_from_checkpoint", str(checkpoint)]
     launch(kind, words, folder, processes)
     report = check_ranks(reports, processes)
-    print(
-        f"All {processes} processes trained as one group and ended with the same parameters "
-        f"({report['after'][:12]}): {report['steps']} updates, {report['seconds']:.0f} s.")
+    end = f"({report['after'][:12]}): {report['steps']} updates, {report['seconds']:.0f} s."
+    print(f"All {processes} processes trained as one group and ended with the same parameters {end}")
     finish_model(work, base, folder / "model", options["sentence_pooling_method"][0])
-    for name in (work, folder / "cache"):
-        shutil.rmtree(name)
+    shutil.rmtree(work)
+    shutil.rmtree(folder / "cache")
     losses = [loss for loss in report["losses"] if math.isfinite(loss)]
     found = {
         "processes": processes, "updates": report["steps"], "losses": losses, "checksum": report["after"],

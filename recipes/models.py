@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
 from embedding_tutorial import assets
-from embedding_tutorial.encoder import Encoder, read_pooling, weights_file
-from embedding_tutorial.files import ROOT, TutorialError, atomic_folder, read_json, write_json
+from embedding_tutorial.encoder import Encoder, describe_pooling, read_pooling, weights_file
+from embedding_tutorial.files import ROOT, TutorialError, atomic_folder, read_json
 from embedding_tutorial.profiles import device_of_this_machine
 
 KNOWN = {"minilm": assets.pocket_model_path, "bge-m3": assets.bge_m3_path}
@@ -70,20 +70,6 @@ def small_bert(folder, layers=2, hidden=128, seed=42):
         tokenizer.save_pretrained(target)
         describe_pooling(target, hidden, "mean")
     return folder
-
-
-def describe_pooling(folder, dims, pooling):
-    """Write the files by which SentenceTransformer and `Encoder` know how a vector is made."""
-    parts = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
-    kinds = [(path, f"sentence_transformers.models.{kind}") for path, kind in parts.items()]
-    modules = [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in enumerate(kinds)]
-    modes = {"cls_token": pooling == "cls", "mean_tokens": pooling == "mean", "max_tokens": False}
-    how = {f"pooling_mode_{name}": on for name, on in (modes | {"mean_sqrt_len_tokens": False}).items()}
-    write_json(folder / "modules.json", modules)
-    write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": dims, **how})
-    (folder / "2_Normalize").mkdir(exist_ok=True)
-    if not (folder / "sentence_bert_config.json").exists():
-        write_json(folder / "sentence_bert_config.json", {"max_seq_length": 512, "do_lower_case": False})
 
 
 def pocket_m3(folder, texts, base=None, seed=42):

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from embedding_tutorial import files, finetune, pairs  # noqa: E402
+from embedding_tutorial import batches, files, finetune, pairs  # noqa: E402
 from embedding_tutorial.files import ROOT, atomic_file, markdown_table, read_json, relative, write_json  # noqa: E402
 from embedding_tutorial.reports import shortened  # noqa: E402
 from recipes import compare, data, dense, raw_bert, steps, unified  # noqa: E402
@@ -28,20 +28,17 @@ END = "<!-- end -->"
 OUT, DATA = "recipes/output", "recipes/output/data"
 RANDOM, HARD, TAUGHT = (f"{DATA}/{name}/train.jsonl" for name in ("random-10", "hard-7-dense", "taught"))
 DENSE, DENSE_HARD = f"{OUT}/dense/model", f"{OUT}/dense-hard/model"
+TEACHER, GROUP = f"--teacher {DENSE_HARD}", "--train_group_size 2"
 RUNS = [  # (name in the table, folder, what it is compared with, recipe, its arguments, those behind "--")
     ("dense", "dense", "MiniLM, ready-made", dense, "", ""),
-    ("dense, then hard negatives", "dense-hard", "dense", dense,
-     f"--hard --model {DENSE} --data {HARD}", ""),
-    ("dense, untaught", "dense-untaught", "MiniLM, ready-made", dense, f"--data {TAUGHT}",
-     "--train_group_size 2"),  # the same rows and groups without the teacher
-    ("dense, taught", "dense-taught", "dense, untaught", dense,
-     f"--teacher {DENSE_HARD} --data {TAUGHT}", "--train_group_size 2"),
+    ("dense, then hard negatives", "dense-hard", "dense", dense, f"--hard --model {DENSE} --data {HARD}", ""),
+    ("dense, untaught", "dense-untaught", "MiniLM, ready-made", dense, f"--data {TAUGHT}", GROUP),
+    ("dense, taught", "dense-taught", "dense, untaught", dense, f"{TEACHER} --data {TAUGHT}", GROUP),
     ("MRL", "dense-mrl", "dense", dense, "", "--use_mrl True --mrl_dims 64 128 384"),
     ("dense, in length groups", "dense-lengths", "dense", dense, f"--data {DATA}/lengths/groups", ""),
     ("unified, plain", "unified-plain", "unified, before", unified, f"--plain --data {HARD}", ""),
     ("unified, self-distilled", "unified", "unified, plain", unified, f"--data {HARD}", ""),
-    ("unified, taught", "unified-taught", "unified, plain", unified,
-     f"--teacher {DENSE_HARD} --data {TAUGHT}", ""),
+    ("unified, taught", "unified-taught", "unified, plain", unified, f"{TEACHER} --data {TAUGHT}", ""),
     ("small BERT, no negatives", "raw-bert-0", "small BERT, before", raw_bert, "--negatives 0", ""),
     ("small BERT, 10 negatives", "raw-bert-10", "small BERT, no negatives", raw_bert, "--negatives 10", ""),
     ("small BERT, 50 negatives", "raw-bert-50", "small BERT, 10 negatives", raw_bert, "--negatives 50", "")]
@@ -52,11 +49,9 @@ BEFORE = {  # what has to be there before a run: arguments of data.py
     "dense-lengths": f"lengths --data {RANDOM} --output {DATA}/lengths --bounds 48 96 256 --tokens 4096"}
 MODELS = {  # name in the table: model
     "MiniLM, ready-made": "minilm",
-    "unified, before": f"{OUT}/minilm-m3",
-    "small BERT, before": f"{OUT}/small-bert",
+    "unified, before": f"{OUT}/minilm-m3", "small BERT, before": f"{OUT}/small-bert",
     **{name: f"{OUT}/{folder}/model" for name, folder, *_ in RUNS},
-    "dense, 64 of 384 dimensions": f"{DENSE}@64",
-    "MRL, 64 of 384 dimensions": f"{OUT}/dense-mrl/model@64"}
+    "dense, 64 of 384 dimensions": f"{DENSE}@64", "MRL, 64 of 384 dimensions": f"{OUT}/dense-mrl/model@64"}
 PAIRS = [(before, name) for name, _, before, *_ in RUNS] + [  # (before, after): each mode that both have
     ("notebook 01", "dense"),
     ("dense, 64 of 384 dimensions", "MRL, 64 of 384 dimensions"),
@@ -104,9 +99,9 @@ def one_line(text, width=90):
 def example(results):
     """The first training row, as FlagEmbedding reads it."""
     row = results["row"]
-    cells = [(name, text) for name in ("pos", "neg") for text in row[name][: 3 if name == "neg" else None]]
-    cells = [(name, f"`{one_line(text)}`") for name, text in [("query", row["query"]), *cells]]
-    table = markdown_table(("field", "text"), cells)
+    cells = [(name, text) for name, most in (("pos", None), ("neg", 3)) for text in row[name][:most]]
+    cells.insert(0, ("query", row["query"]))
+    table = markdown_table(("field", "text"), [(name, f"`{one_line(text)}`") for name, text in cells])
     return f"{table}\n\nand {len(row['neg']) - 3} negatives more."
 
 
@@ -120,16 +115,15 @@ def negatives(results):
         numbers = (count, passages // (count + 1), passages, passages - 1, round(different), f"{misled:.1f}")
         cells.append((*numbers, run["updates"], seconds, rows[f"small BERT, {count or 'no'} negatives"]))
     cells += [(name, *[""] * 7, rows[name]) for name in ("small BERT, before", "MiniLM, ready-made")]
-    header = (
-        "negatives in the row|queries an update|passages an update|each query is compared with|"
-        "different passages|queries whose right answer also stands among the wrong ones|updates|CPU s|MRR")
-    return markdown_table(header.split("|"), cells)
+    header = "negatives in the row|queries an update|passages an update|each query is compared with"
+    header += "|different passages|queries whose right answer also stands among the wrong ones"
+    return markdown_table([*header.split("|"), "updates", "CPU s", "MRR"], cells)
 
 
 def batch_of(count):
     """`data.drawn_batches` of raw_bert.py's own file and batch."""
     rows, group = data.read_rows(data.place("random", count=max(1, count))), count + 1
-    return data.drawn_batches([row for _, row in rows], raw_bert.PRESETS["pocket"][1] // group, group)
+    return batches.drawn_batches([row for _, row in rows], raw_bert.PRESETS["pocket"][1] // group, group)
 
 
 def search(results):
@@ -147,25 +141,19 @@ def report(results):
     """The long table, the runs and the findings."""
     header = "run|precision|processes|updates|CPU s of one|whole step, s|GB of one|loss".split("|")
     runs = [
-        (name, run["precision"], run["processes"], run["updates"], f"{run['cpu_seconds_of_one_process']:.0f}",
-         f"{run['wall_seconds']:.0f}", f"{run['peak_memory_gb_of_one_process']:.1f}",
-         f"{run['first_loss']:.2f} → {run['last_loss']:.2f}")
+        [name, *(run[key] for key in ("precision", "processes", "updates")),
+         f"{run['cpu_seconds_of_one_process']:.0f}", f"{run['wall_seconds']:.0f}",
+         f"{run['peak_memory_gb_of_one_process']:.1f}", f"{run['first_loss']:.2f} → {run['last_loss']:.2f}"]
         for name, run in results["runs"].items()]
-    return "\n".join(
-        [
-            f"{results['queries']} validation queries, each against {results['passages']} codes; 95 % "
-            f"intervals; reference: {results['reference']}; p: paired sign-flip test of the MRRs.",
-            "",
-            compare.table(results),
-            "",
-            f"All steps together took {results['wall_seconds'] / 60:.1f} minutes on {results['cores']} CPU "
-            "cores (loading Python not counted).",
-            "",
-            markdown_table(header, runs),
-            "",
-            "What these numbers say, and no more:",
-            "",
-            *(f"- {line}" for line in results["findings"])])
+    return "\n\n".join([
+        f"{results['queries']} validation queries, each against {results['passages']} codes; 95 % intervals; "
+        f"reference: {results['reference']}; p: paired sign-flip test of the MRRs.",
+        compare.table(results),
+        f"All steps together took {results['wall_seconds'] / 60:.1f} minutes on {results['cores']} CPU cores "
+        "(loading Python not counted).",
+        markdown_table(header, runs),
+        "What these numbers say, and no more:",
+        "\n".join(f"- {line}" for line in results["findings"])])
 
 
 PARTS = {"row": example, "negatives": negatives, "search": search, "results": report}
@@ -208,28 +196,25 @@ def collect():
     """Gather what the steps left into results.json, the README and the figure."""
     marks = [path for path in steps.OUTPUT.rglob("done.json") if ".previous" not in str(path)]
     done = {path.parent.relative_to(steps.OUTPUT).as_posix(): read_json(path) for path in marks}
+    for _, name, *_ in RUNS:
+        losses = done[name].pop("losses")
+        done[name] |= {"first_loss": losses[0], "last_loss": losses[-1]}
     results = read_json(steps.OUTPUT / "comparison" / "results.json")
     results |= {
-        "scale": "pocket",
-        "cores": os.cpu_count(),
+        "scale": "pocket", "cores": os.cpu_count(),
         "versions": {name: version(name) for name in ("FlagEmbedding", "transformers", "torch", "faiss-cpu")},
         "wall_seconds": round(sum(step["wall_seconds"] for step in done.values()), 1),
-        "runs": {
-            name: {key: value for key, value in done[name].items() if key != "losses"}
-            | {"first_loss": done[name]["losses"][0], "last_loss": done[name]["losses"][-1]}
-            for _, name, *_ in RUNS},
-        "findings": findings(results["rows"]),
+        "runs": {name: done[name] for _, name, *_ in RUNS},
+        "findings": findings(results["rows"]), "search": searched(results["rows"]),
         "batches": {str(count): batch_of(count) for count in (0, 10, 50)},
-        "row": json.loads((ROOT / RANDOM).open(encoding="utf-8").readline()),
-        "search": searched(results["rows"])}
+        "row": json.loads((ROOT / RANDOM).open(encoding="utf-8").readline())}
     write_json(RESULTS, results)
     compare.figure(results, FIGURE)
     for name, part in PARTS.items():
         write_part(name, part(results), README)
     print("\n".join(results["findings"]))
-    print(
-        f"Written: {relative(RESULTS)}, {relative(README)}, {relative(FIGURE)}"
-        f" ({results['wall_seconds']:.0f} s in all)")
+    written = ", ".join(relative(path) for path in (RESULTS, README, FIGURE))
+    print(f"Written: {written} ({results['wall_seconds']:.0f} s in all)")
 
 
 if __name__ == "__main__":

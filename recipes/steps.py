@@ -52,9 +52,8 @@ def open_step(folder, settings, keep=()):
     marker, done = folder / "recipe.json", folder / "done.json"
     if folder.exists() and not folder.is_dir() or folder.is_dir() and any(folder.iterdir()):
         if not marker.is_file():
-            raise TutorialError(
-                f"{name} exists and no recipe made it. Nothing was touched: "
-                "choose another --output, or move that folder away.")
+            remedy = "Nothing was touched: choose another --output, or move that folder away."
+            raise TutorialError(f"{name} exists and no recipe made it. {remedy}")
         before = read_json(marker)
         if before == settings and done.exists():
             print(f"{name}: already finished with these settings, skipped. Delete it to redo it.")

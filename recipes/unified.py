@@ -23,8 +23,7 @@ PRESETS = {  # (model, queries per update, FlagEmbedding's arguments)
     "pocket": (str(BASE), 32, "--max_steps 8 --query_max_len 48 --passage_max_len 64 "
                "--self_distill_start_step 2"),
     "full": ("bge-m3", None, "--num_train_epochs 2 --learning_rate 1e-5 --temperature 0.02 "
-             "--self_distill_start_step 5"),
-}
+             "--self_distill_start_step 5")}
 
 
 def main(words=None):
@@ -33,9 +32,9 @@ def main(words=None):
     parser.add_argument("--teacher", metavar="MODEL", help="distil from this embedding model (m3_kd_loss)")
     parser.add_argument("--plain", action="store_true", help="no distillation of any kind")
     args, theirs = engine.parsed(parser, words)
-    presets = PRESETS
+    presets = dict(PRESETS)
     if args.scale == "pocket" and not args.model:
-        presets = PRESETS | {"pocket": (str(pocket_base(args.data)), *PRESETS["pocket"][1:])}
+        presets["pocket"] = (str(pocket_base(args.data)), *PRESETS["pocket"][1:])
     name, source = "unified", [("hard", {"count": 7})]
     more = "--use_self_distill True"
     if args.teacher:

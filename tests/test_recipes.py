@@ -20,6 +20,7 @@ from transformers import (
 
 from embedding_tutorial import profiles
 from embedding_tutorial.assets import pocket_model_path
+from embedding_tutorial.batches import drawn_batches
 from embedding_tutorial.encoder import Encoder, embed
 from embedding_tutorial.files import ROOT, TutorialError, read_json, write_json
 from embedding_tutorial.finetune import evaluate as notebook_evaluate
@@ -93,6 +94,12 @@ def test_random_negatives_are_drawn_evenly():
     assert len(counts) == 7 and max(abs(n - 4000 / 7) for n in counts.values()) < 100
 
 
+def hard_negatives(pairs, encoder, *settings, **more):
+    """(all rows that are mined, number of random fill-ins)."""
+    found = list(data.mined(pairs, encoder, *settings, **more))
+    return [row for row, _ in found], sum(filled for _, filled in found)
+
+
 def on_a_line(monkeypatch, place):
     """Give texts two-dimensional unit vectors at the angles `place[text]`, in degrees."""
     angle = {text: math.radians(value) for text, value in place.items()}
@@ -112,13 +119,13 @@ def test_hard_negatives_keep_window_and_margin(monkeypatch):
         monkeypatch,
         {"p0": 20, "p1": 10, "p2": 25, "p3": 40, "p4": 60, "p5": 80} | {f"q{i}": 0 for i in range(6)},
     )
-    rows, filled = data.hard_negatives(pairs, None, count=2, window=(2, 4), margin=0.1)
+    rows, filled = hard_negatives(pairs, None, count=2, window=(2, 4), margin=0.1)
     assert set(rows[0]["neg"]) == {"p3", "p4"}  # p1 is rank 1; p2 is closer than the margin to the positive
     assert all(row["pos"][0] not in row["neg"] and len(set(row["neg"])) == 2 for row in rows)
     # Nothing scores below p5's own positive: its negatives are random fill-ins, and are counted.
     assert filled >= 2
     with pytest.raises(TutorialError, match="ranks 2 to 3 do not hold 3"):
-        data.hard_negatives(pairs, None, count=3, window=(2, 3))
+        hard_negatives(pairs, None, count=3, window=(2, 3))
 
 
 def test_hard_negatives_stay_below_a_share_of_the_positive(monkeypatch):
@@ -130,14 +137,14 @@ def test_hard_negatives_stay_below_a_share_of_the_positive(monkeypatch):
     pairs = [{"query": f"q{i}", "pos_doc": f"p{i}"} for i in range(3)]
 
     def mined(**options):
-        found, _ = data.hard_negatives(pairs, None, 1, hardest=True, corpus=["near", "edge"], **options)
+        found, _ = hard_negatives(pairs, None, 1, hardest=True, corpus=["near", "edge"], **options)
         return found[0]["neg"]
 
     assert mined(margin=-2) == mined(margin=0) == ["near"]
     assert mined(margin=0, share=0.95) == mined(margin=0.04) == ["edge"]
     assert mined(margin=0.04, share=0.9) == mined(margin=0.1, share=0.95) == ["p1"]
     # q1 points away from everything: its positive's score is negative, and the share still lies below it.
-    found, _ = data.hard_negatives(pairs, None, 1, margin=0, share=0.95, hardest=True)
+    found, _ = hard_negatives(pairs, None, 1, margin=0, share=0.95, hardest=True)
     own, other = (math.cos(math.radians(170 - math.degrees(math.acos(s)))) for s in (0.50, 0.10))
     assert own < 0 and (other > own) and found[1]["neg"] == ["p0"]
 
@@ -231,12 +238,15 @@ def test_a_negative_that_is_right_for_another_row_is_counted_as_often_as_it_is_d
     assert (found["shared"], found["crossed"], found["few"]) == (1, 11, [])
     # p21 by row 21, and by row 20 every second time; of nine negatives half; p21 is right for two; p0 always.
     assert found["clash"] == pytest.approx((1 + 0.5) + (9 * 0.5 + 2 * 0.5) + 1)
-    different, queries, often = data.drawn_batches(rows, 20, 2, batches=4000)
+    different, queries, often = drawn_batches(rows, 20, 2, batches=4000)
     assert often == pytest.approx(data.clashes(found, 20), rel=0.05) and 0 < queries <= often
     assert 38 < different < 39  # of 40, and some stand there twice
-    assert data.check_file(tmp_path / "train.jsonl")["clash"] == 1.5  # a group of 1 draws no negative
+    alone = data.check_file(tmp_path / "train.jsonl")  # a group of 1 draws no negative
+    assert alone["clash"] == 1.5 and data.clashes(alone, 99) == data.clashes(alone, 40) == 1.5
+    assert not list(data.remarks(alone | {"clash": 0}, 1, 20))
     data.main(["check", str(tmp_path / "train.jsonl"), "--group", "3", "--batch", "20"])
     said = capsys.readouterr().out
+    assert "40 rows, all in order; 11 have a negative that is another row's positive." in said
     assert "1 pairs of rows have a positive in common, 11 rows have a negative that is another row's" in said
     assert "1 rows have fewer than 2 negatives, which are repeated: rows 40." in said
     more = data.check_file(tmp_path / "train.jsonl", group=3)
@@ -278,7 +288,7 @@ def test_many_passages_are_searched_in_lists(monkeypatch):
     pairs = [{"query": f"q{i}", "pos_doc": f"p{i}"} for i in range(3000)]
     monkeypatch.setattr(data, "EXACT", 1000)
     monkeypatch.setattr(data, "vectors", lambda encoder, texts: p[[int(text[1:]) for text in texts]])
-    rows, filled = data.hard_negatives(pairs, None, 3, (1, 20), 0.0)
+    rows, filled = hard_negatives(pairs, None, 3, (1, 20), 0.0)
     assert filled < 50 and all(row["pos"][0] not in row["neg"] and len({*row["neg"]}) == 3 for row in rows)
     scores = [q[i] @ p[int(text[1:])] for i in range(200) for text in rows[i]["neg"]]
     assert np.mean(scores) > np.mean(q @ p.T) + 0.3
