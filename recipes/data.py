@@ -379,7 +379,7 @@ def make(kind, output=None, data=None, **given):
         shares = f"mean {np.mean(targets):.3f}, median {np.median(targets):.3f} beside one negative"
         filled["target_on_the_positive"] = shares
     found = check_file(made, group=2, scores=kind == "teacher") | filled
-    shown = ("rows", "shared", "crossed", *filled)
+    shown = ("rows", "shared", *filled)
     print(", ".join(f"{name.replace('_', ' ')}: {found[name]}" for name in shown))
     steps.close_step(made.parent, found)
     return made
