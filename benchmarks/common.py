@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 from embedding_tutorial.assets import pocket_model_path  # noqa: E402
 from embedding_tutorial.encoder import companions  # noqa: E402
-from embedding_tutorial.files import write_json  # noqa: E402
+from embedding_tutorial.files import markdown_table, write_json  # noqa: E402, F401
 from embedding_tutorial.finetune import TrainConfig, split_pairs  # noqa: E402
 from embedding_tutorial.pairs import read_mbpp  # noqa: E402
 
@@ -190,11 +190,6 @@ def put_into_readme(name, text, path=README):
 def shown(value, digits=1):
     """A number as a table shows it; "–" where nothing was measured."""
     return "–" if value is None else f"{value:,.{digits}f}"
-
-
-def markdown_table(header, rows):
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 # ---------------------------------------------------------------- models, the padded loss, speeds

@@ -301,6 +301,20 @@ def read_pooling(folder):
     )
 
 
+def describe_pooling(folder, dims, pooling):
+    """Write the files by which SentenceTransformer and `Encoder` know how a vector is made."""
+    parts = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    kinds = [(path, f"sentence_transformers.models.{kind}") for path, kind in parts.items()]
+    modules = [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in enumerate(kinds)]
+    modes = {"cls_token": pooling == "cls", "mean_tokens": pooling == "mean", "max_tokens": False}
+    how = {f"pooling_mode_{name}": on for name, on in (modes | {"mean_sqrt_len_tokens": False}).items()}
+    write_json(folder / "modules.json", modules)
+    write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": dims, **how})
+    (folder / "2_Normalize").mkdir(exist_ok=True)
+    if not (folder / "sentence_bert_config.json").exists():
+        write_json(folder / "sentence_bert_config.json", {"max_seq_length": 512, "do_lower_case": False})
+
+
 @contextlib.contextmanager
 def damage_named(folder):
     """Turn whatever a library raises over a model folder that it can't read into a TutorialError."""

@@ -317,6 +317,12 @@ def _remembered_sha256(path, *state):
     return sha256_of(path)
 
 
+def markdown_table(header, rows):
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
 def text_key(texts):
     """16 hex digits for a list of texts, in order (separator included, so boundaries count)."""
     digest = hashlib.sha256()

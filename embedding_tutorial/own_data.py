@@ -79,14 +79,10 @@ def token_counts(tokenizer, texts, progress=False):
     return np.array(counts), np.array(unknown)
 
 
-def say_what_is_cut(encoder, pairs):
+def say_what_is_cut(tokenizer, texts, max_length, kind="training texts"):
     """Print how many texts are longer than the model reads here, and lose their end."""
-    texts = texts_of_pairs(pairs)
-    cut = int((token_counts(encoder.tokenizer, texts)[0] > encoder.max_length).sum())
-    if cut:
-        print(
-            f"{cut} of {len(texts):,} training texts are longer than {encoder.max_length} tokens: cut there."
-        )
+    if cut := int((token_counts(tokenizer, texts)[0] > max_length).sum()):
+        print(f"{cut} of {len(texts):,} {kind} are longer than {max_length} tokens: cut there.")
 
 
 def fitted(config, encoder, pairs):
@@ -94,7 +90,7 @@ def fitted(config, encoder, pairs):
 
     Fewer pairs than the batch: the batch is lowered. Long texts: GradCache, the same gradient in less memory.
     """
-    say_what_is_cut(encoder, pairs)
+    say_what_is_cut(encoder.tokenizer, texts_of_pairs(pairs), encoder.max_length)
     if len(pairs) < config.batch_size:
         print(f"{len(pairs)} training pairs are fewer than the batch of {config.batch_size}: batch lowered.")
         config = dataclasses.replace(config, batch_size=len(pairs))

@@ -191,12 +191,14 @@ def passages_of(items):
 
 
 def one_per_query(pairs):
-    """Pairs with an equal query become one, whose further answers are in "other_pos_docs": to evaluate on."""
+    """Pairs with an equal query become one, whose further answers are in "other_pos_docs", with all "neg"."""
     grouped = {}
     for pair in pairs:
         if (first := grouped.setdefault(pair["query"], pair)) is not pair:
             others = passages_of([{"pos_doc": text} for p in (first, pair) for text in answers_of(p)])[1:]
-            grouped[pair["query"]] = {**first, "other_pos_docs": others} if others else first
+            wrong = list(dict.fromkeys([*first.get("neg", []), *pair.get("neg", [])]))
+            more = {"other_pos_docs": others} if others else {}
+            grouped[pair["query"]] = {**first, **more, **({"neg": wrong} if wrong else {})}
     return list(grouped.values())
 
 

@@ -152,22 +152,21 @@ def main():
     known = group.get_world_size() if group.is_available() and group.is_initialized() else 1
     known = min(known, own.args.world_size, own.accelerator.num_processes)  # each may know another group
     report = {"rank": rank, "started": started, "group_size": known}
+    runner.model.float()  # transformers loads a base in the type it was saved in; bf16 weights barely move
     if known == started:
         mend(runner.model)
         go_on(runner)
         watch_first_batch(runner.model, report)
+        report["not_fp32"] = [n for n, w in runner.model.named_parameters() if w.dtype != torch.float32][:5]
         report["before"], begin, cpu = checksum(runner.model), time.perf_counter(), time.process_time()
         runner.trainer.add_callback(Along(runner, rank))
         runner.run()
+        report |= {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - cpu}
         weights, state = dict(runner.model.named_parameters()), runner.trainer.state
-        report |= {
-            "after": checksum(runner.model),
-            "not_finite": [name for name, weight in weights.items() if not torch.isfinite(weight).all()][:5],
-            "steps": state.global_step,
-            "losses": [float(log["loss"]) for log in state.log_history if "loss" in log],
-            "seconds": time.perf_counter() - begin,
-            "cpu_seconds": time.process_time() - cpu,
-            "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
+        report |= {"after": checksum(runner.model), "steps": state.global_step}
+        report["not_finite"] = [name for name, w in weights.items() if not torch.isfinite(w).all()][:5]
+        report["losses"] = [float(log["loss"]) for log in state.log_history if "loss" in log]
+        report["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     write_json(reports / f"rank-{rank}.json", report)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import scipy.sparse
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from embedding_tutorial import figures, finetune, pairs, profiles  # noqa: E402
+from embedding_tutorial import figures, files, finetune, pairs, profiles  # noqa: E402
 from embedding_tutorial.encoder import HEAD_FILES, fingerprint, read_pooling  # noqa: E402
 from embedding_tutorial.files import TutorialError, atomic_file, relative, sha256_of, write_json  # noqa: E402
 from recipes import data, models, steps  # noqa: E402
@@ -56,10 +56,7 @@ def colbert_scores(queries, passages):
     return np.stack([np.maximum.reduceat(query @ every.T, starts, axis=1).mean(axis=0) for query in queries])
 
 
-SCORES = {
-    "dense": lambda q, p: q @ p.T,
-    "sparse": lambda q, p: (q @ p.T).toarray(),
-    "ColBERT": colbert_scores}
+SCORES = {"dense": np.inner, "sparse": lambda q, p: (q @ p.T).toarray(), "ColBERT": colbert_scores}
 
 
 def encoder_of(folder, dims=None, max_length=512):
@@ -81,7 +78,8 @@ def encoder_of(folder, dims=None, max_length=512):
     def all_three(texts):
         found = model.encode(texts, batch_size=16, max_length=max_length, **wanted)
         sparse = sparse_matrix(found["lexical_weights"], len(model.tokenizer))
-        return {"dense": found["dense_vecs"], "sparse": sparse, "ColBERT": found["colbert_vecs"]}
+        several = [np.asarray(vectors, np.float32) for vectors in found["colbert_vecs"]]  # float16 on a GPU
+        return {"dense": np.asarray(found["dense_vecs"], np.float32), "sparse": sparse, "ColBERT": several}
 
     return all_three
 
@@ -122,8 +120,7 @@ def evaluate(encode, asked, corpus=(), instruction=""):
                 if number == 0:
                     own.setdefault(mode, np.empty(len(owner)))[mine] = scores[rows, column[mine]]
                     scores[rows, column[mine]] = -np.inf
-                ahead = [
-                    (scores[row] >= value).sum() for row, value in zip(rows, own[mode][mine], strict=True)]
+                ahead = [(scores[row] >= one).sum() for row, one in zip(rows, own[mode][mine], strict=True)]
                 before.setdefault(mode, np.zeros(len(owner), int))[mine] += ahead
     bounds = np.cumsum(list(map(len, right)))[:-1]
     for mode, counts in before.items():
@@ -159,12 +156,12 @@ def model_of(text):
     return models.find_model(model), int(dims) if dims else None
 
 
-def compare(listed, asked, corpus, instruction=""):
+def compare(listed, asked, corpus, instruction="", max_length=512):
     """Judge [(name, model)] on the pairs `asked`, searching also in `corpus` (texts or pairs)."""
     rows, reference = [], None
     for number, (name, model) in enumerate(listed, 1):
         print(f"[{number}/{len(listed)}] {name}", flush=True)
-        found, speed = evaluate(encoder_of(*model_of(model)), asked, corpus, instruction)
+        found, speed = evaluate(encoder_of(*model_of(model), max_length), asked, corpus, instruction)
         reference = found["dense"] if reference is None else reference
         for mode, ranks in found.items():
             more = {"heads": len(found) > 1, "queries_per_second": round(speed, 1)}
@@ -182,13 +179,12 @@ def table(results):
         return "{0:{3}.3f} [{1:{3}.3f}, {2:{3}.3f}]".format(*triple, sign)
 
     names = [*(f"Recall@{k}" for k in CUTOFFS), "MRR", "nDCG@10", "MRR − reference", "p", "queries/s"]
-    lines = [f"| checkpoint | {' | '.join(names)} |", f"|{' --- |' * (len(names) + 1)}"]
+    lines = []
     for number, row in enumerate(results["rows"]):
         cells = [cell(row[metric]) if metric == "mrr" else f"{row[metric][0]:.3f}" for metric in METRICS]
         cells += ["reference", ""] if number == 0 else [cell(row["mrr_gain"], "+"), f"{row['p']:.4f}"]
-        cells.append(f"{row['queries_per_second']:.0f}")
-        lines.append(f"| {' | '.join([label(row), *cells])} |")
-    return "\n".join(lines).replace("-0.", "−0.")
+        lines.append([label(row), *cells, f"{row['queries_per_second']:.0f}"])
+    return files.markdown_table(["checkpoint", *names], lines).replace("-0.", "−0.")
 
 
 def figure(results, path):
@@ -199,55 +195,45 @@ def figure(results, path):
     """
     triples = [row["mrr"] for row in results["rows"]]
     mean, name = triples[0][0], label(results["rows"][0])
-    rows = [
-        {"label": label(row), "value": value, "lo": low, "hi": high}
-        | ({"group": "far below, on an axis of their own"} if high < mean * 2 / 3 else {})
-        for row, (value, low, high) in zip(results["rows"], triples, strict=True)]
+    rows, apart = [], {"group": "far below, on an axis of their own"}
+    for row, (value, low, high) in zip(results["rows"], triples, strict=True):
+        shown = {"label": label(row), "value": value, "lo": low, "hi": high}
+        rows.append(shown | (apart if high < mean * 2 / 3 else {}))
     rows.sort(key=lambda row: "group" in row)  # the reference's panel first
     best = max(rows, key=lambda row: row["value"])
     above, below = sum(low > mean for _, low, _ in triples), sum(high < mean for *_, high in triples)
-    figures.intervals(
-        rows,
+    title = (
         f"Highest MRR: {best['label']}, {best['value']:.3f}. Of {len(rows)} intervals, {above} lie above "
-        f"the reference's {mean:.3f} and {below} below",
-        path,
-        xlabel="MRR",
-        reference=mean,
-        reference_label=f"{name}: {mean:.3f}",
-        source=f"{results['queries']} queries against {results['passages']} passages; recipes/compare.py")
+        f"the reference's {mean:.3f} and {below} below")
+    source = f"{results['queries']} queries against {results['passages']} passages; recipes/compare.py"
+    shown = {"reference": mean, "reference_label": f"{name}: {mean:.3f}", "source": source}
+    figures.intervals(rows, title, path, xlabel="MRR", **shown)
 
 
 def main(words=None):
     parser = steps.parser(__doc__)
     add, many = parser.add_argument, {"action": "append", "required": True, "metavar": "NAME=MODEL"}
-    add(
-        "--checkpoint",
-        help="a name for the table and minilm, bge-m3 or a model folder; may be repeated",
-        **many)
-    add(
-        "--queries",
-        type=Path,
-        help="a file of queries with answers; otherwise notebook 01's validation pairs")
+    add("--checkpoint", help="a name and minilm, bge-m3 or a model folder; may be repeated", **many)
+    add("--queries", type=Path, help="queries with answers; otherwise notebook 01's validation pairs")
     add("--corpus", type=Path, help="a file of further passages; beside the training codes of notebook 01")
     add("--instruction", default="", help="stands before every query")
+    add("--max-length", type=int, default=512, help="tokens of a text that are read")
     add("--output", type=Path, default=steps.OUTPUT / "comparison", help="folder")
     args = parser.parse_args(words)
     listed = [tuple(text.partition("=")[::2]) for text in args.checkpoint]
     if not all(name and model for name, model in listed):
         raise TutorialError(f"--checkpoint takes NAME=MODEL, not {args.checkpoint}.")
+    corpus, read = pairs.read_corpus(args.corpus), [args.queries, args.corpus, None]
     if args.queries:
-        asked, corpus = pairs.one_per_query(pairs.read_pairs(args.queries)), pairs.read_corpus(args.corpus)
+        asked = pairs.one_per_query(pairs.read_pairs(args.queries))
     else:
-        corpus, asked = data.tutorial_pairs()
-        corpus += pairs.read_corpus(args.corpus)
-    settings = {
-        "data": [
-            path and sha256_of(path) for path in (args.queries or data.VALIDATION, args.corpus, data.TRAIN)],
-        "instruction": args.instruction,
-        "checkpoints": [
-            [name, fingerprint(model_of(model)[0]), model_of(model)[1]] for name, model in listed]}
+        (train, asked), read = data.tutorial_pairs(), [data.VALIDATION, args.corpus, data.TRAIN]
+        corpus = train + corpus
+    settings = {"instruction": args.instruction, "max_length": args.max_length}
+    settings["data"] = [path and sha256_of(path) for path in read]  # own queries: no file of the notebook
+    settings["checkpoints"] = [[n, fingerprint(model_of(m)[0]), model_of(m)[1]] for n, m in listed]
     if steps.open_step(args.output, settings) is None:
-        results = compare(listed, asked, corpus, args.instruction)
+        results = compare(listed, asked, corpus, args.instruction, args.max_length)
         write_json(args.output / "results.json", results)
         with atomic_file(args.output / "table.md", "w") as file:
             file.write(table(results) + "\n")

@@ -8,7 +8,8 @@
 
 random and hard read the pairs of notebook 01, or with --data your own: any file that the tutorial reads, or
 FlagEmbedding's. A line is {"query": text, "pos": [texts], "neg": [texts]}, with "pos_scores" and "neg_scores"
-where a teacher has spoken. Pairs with one query become one row: all its answers are in "pos".
+where a teacher has spoken. Pairs with one query become one row: all its answers are in "pos". Negatives that
+a row has stay, in front; --count fills up.
 """
 
 import inspect
@@ -16,6 +17,7 @@ import itertools
 import math
 import random
 import sys
+from array import array
 from collections import Counter
 from pathlib import Path
 
@@ -66,18 +68,24 @@ def row_of(pair, wrong):
     return {"query": pair["query"], "pos": answers_of(pair), "neg": wrong}
 
 
+def own_negatives(pair):
+    """The negatives that a pair came with, without those that are its right answers."""
+    right = {text.strip() for text in answers_of(pair)}
+    return [text for text in dict.fromkeys(pair.get("neg", ())) if text.strip() not in right]
+
+
 def random_negatives(pairs, count=10, seed=42):
-    """Yield FlagEmbedding's rows with `count` passages of other queries each, none of them right."""
+    """Yield FlagEmbedding's rows: their own negatives, filled up to `count` by passages of other queries."""
     right, passages, draw = positives_of(pairs), passages_of(pairs), random.Random(seed)
     place = {text: i for i, text in enumerate(passages)}
     for number, pair in enumerate(pairs, 1):
-        own = sorted(place[text] for text in right[pair["query"]])
-        left = len(passages) - len(own)
-        if left < count:
-            raise TutorialError(f"Row {number} can have {left} negatives, not {count}. Lower --count.")
-        wrong = []
-        for n in draw.sample(range(left), count):  # the n-th of those that are not right
-            for taken in own:
+        wrong = own_negatives(pair)
+        out = sorted(place[text] for text in {*right[pair["query"]], *wrong} if text in place)
+        left = len(passages) - len(out)
+        if (can := left + len(wrong)) < count:
+            raise TutorialError(f"Row {number} can have {can} negatives, not {count}. Lower --count.")
+        for n in draw.sample(range(left), max(0, count - len(wrong))):  # the n-th of those that are left
+            for taken in out:
                 n += n >= taken
             wrong.append(passages[n])
         yield row_of(pair, wrong)
@@ -126,15 +134,14 @@ def index_of(passages):
     return index
 
 
-def mined(
-    pairs, encoder, count=7, window=(1, 60), margin=0.02, seed=42, share=1.0, corpus=(), hardest=False,
-    instruction=""):
+def mined(pairs, encoder, count=7, window=(1, 60), margin=0.02, seed=42, share=1.0, corpus=(),
+          hardest=False, instruction=""):
     """Yield (row, random fill-ins): negatives drawn from the ranks `window` of each query's wrong passages.
 
     A passage that scores more than the positive's score - margin, or more than share of it, may well be right
     although nobody said so, and is left out (0.95 is TopK-PercPos of NV-Retriever, arXiv 2407.15831). corpus:
-    further passages. hardest: the best of those that are left, and not a sample of them. Queries with too few
-    left get random ones in their place. instruction: stands before every query.
+    further passages. hardest: the best of those that are left, and not a sample of them. Own negatives come
+    first; queries with too few left get random ones. instruction: stands before every query.
     """
     first, last = window
     if not 1 <= first <= last or last - first + 1 < count:
@@ -149,21 +156,17 @@ def mined(
         q = vectors(encoder, [instruction + pair["query"] for pair in block]).astype(np.float32)
         scores, found = index.search(q, k)
         for i, pair in enumerate(block):
-            taken = {place[text] for text in right[pair["query"]]}
+            given, own_right = own_negatives(pair), right[pair["query"]]
+            taken, want = {place.get(text) for text in {*own_right, *given}}, max(0, count - len(given))
             own = min(float(q[i] @ p[place[text]]) for text in answers_of(pair))
             limit = min(own - margin, own - (1 - share) * abs(own))
             near = zip(scores[i].tolist(), found[i].tolist(), strict=True)
             wrong = [(score, j) for score, j in near if j >= 0 and j not in taken]
             allowed = [passages[j] for score, j in wrong[first - 1 : last] if score <= limit]
-            chosen = allowed[:count] if hardest else draw.sample(allowed, min(count, len(allowed)))
+            chosen = given + (allowed[:want] if hardest else draw.sample(allowed, min(want, len(allowed))))
             others = [text for text in next(spares)["neg"] if text not in chosen]
-            yield row_of(pair, chosen + others[: count - len(chosen)]), count - len(chosen)
-
-
-def hard_negatives(pairs, encoder, *settings, **more):
-    """(all rows of `mined`, number of random fill-ins)."""
-    found = list(mined(pairs, encoder, *settings, **more))
-    return [row for row, _ in found], sum(filled for _, filled in found)
+            fill = others[: max(0, count - len(chosen))]
+            yield row_of(pair, chosen + fill), len(fill)
 
 
 def cosines(encoder, instruction=""):
@@ -186,19 +189,24 @@ def cross_encoder(folder, max_length):
     return lambda cells: model.predict(cells, activation_fn=torch.nn.Identity()).tolist()
 
 
-def teacher_scores(rows, score, temperature=0.05):
+def teacher_scores(rows, score, temperature=0.2):
     """Yield the rows with `pos_scores` and `neg_scores`: what `score` says of [(query, text)] / temperature.
 
-    FlagEmbedding takes a plain softmax of these numbers. Bare cosines lie so close together that the
-    target would be nearly uniform, hence the temperature here; the logits of a --cross encoder take 1.
+    FlagEmbedding takes a plain softmax of these numbers. That of bare cosines is nearly flat, that of cosines
+    over 0.05 nearly one-hot: it says what the row says already. The logits of a --cross encoder take 1.
     """
     for block in blocks(rows):
         cells = [(row["query"], text) for row in block for text in [*row["pos"], *row["neg"]]]
         values = iter(score(cells))
         for row in block:
-            yield row | {
-                f"{name}_scores": [round(next(values) / temperature, 4) for _ in row[name]]
-                for name in ("pos", "neg")}
+            for name in ("pos", "neg"):
+                row = row | {f"{name}_scores": [round(next(values) / temperature, 4) for _ in row[name]]}
+            yield row
+
+
+def target_of(row):
+    """What the teacher's softmax gives the first right answer beside each of the negatives alone."""
+    return [1 / (1 + math.exp(min(700, n - row["pos_scores"][0]))) for n in row["neg_scores"]]
 
 
 def row_problem(row, group=1, scores=False):
@@ -225,12 +233,15 @@ def row_problem(row, group=1, scores=False):
 
 
 def check_file(path, group=1, scores=False):
-    """{"rows", "batch_size", "shared": pairs of rows with a common positive} of a FlagEmbedding file.
+    """What is in a FlagEmbedding file that will be used with a `train_group_size` of `group`.
 
+    {"rows", "batch_size", "shared": pairs of rows with a common positive, "crossed": rows with a negative
+    that is another's positive, "clash": for `clashes`, "few": numbers of the rows with too few negatives}.
     TutorialError with the row number when one is wrong, or asks what an earlier row asks: in one batch each
     would be the other's negative. Nothing is kept but a number for each text.
     """
-    asked, answers, found = {}, Counter(), {"rows": 0, "batch_size": None}
+    asked, answers, drawn, wrong, sizes = {}, Counter(), Counter(), array("q"), array("q")
+    found = {"rows": 0, "batch_size": None, "crossed": 0, "few": []}
     for number, row in read_rows(path):
         problem = row_problem(row, group, scores)
         if not problem and (first := asked.setdefault(hash(row["query"]), number)) != number:
@@ -239,11 +250,38 @@ def check_file(path, group=1, scores=False):
         if problem:
             raise TutorialError(f"{relative(path)}, row {number}: {problem}. Correct or remove the row.")
         answers.update(map(hash, set(row["pos"])))
+        drawn.update({hash(text): 1 / len(row["pos"]) for text in row["pos"]})
+        wrong.extend(map(hash, row["neg"]))
+        sizes.append(len(row["neg"]))
+        found["few"] += [number] if len(row["neg"]) < group - 1 else []
         found["rows"] += 1
         found["batch_size"] = found["batch_size"] or row.get("batch_size")
     if not found["rows"]:
         raise TutorialError(f"{relative(path)} holds no rows. Make it again with recipes/data.py.")
-    return found | {"shared": sum(n * (n - 1) // 2 for n in answers.values())}
+    clash, texts = sum((n - 1) * drawn[text] for text, n in answers.items()), iter(wrong)
+    for size in sizes:
+        right = sum(answers[text] for text in itertools.islice(texts, size))
+        found["crossed"] += right > 0
+        clash += right * min(1, (group - 1) / size) if right else 0
+    return found | {"shared": sum(n * (n - 1) // 2 for n in answers.values()), "clash": round(clash, 3)}
+
+
+def clashes(found, batch):
+    """How often a right answer is expected to count as wrong in a batch of `batch` rows of a checked file."""
+    rows, batch = max(2, found["rows"]), min(batch, found["rows"])
+    return found["clash"] * batch * (batch - 1) / (rows * (rows - 1))
+
+
+def remarks(found, group, batch):
+    """What a reader should know before training on a checked file, a line each; FlagEmbedding is silent."""
+    if few := found["few"]:
+        where = ", ".join(map(str, few[:5])) + (", …" if few[5:] else "")
+        yield f"{len(few):,} rows have fewer than {group - 1} negatives, which are repeated: rows {where}."
+    if found["clash"]:
+        yield (
+            f"{found['shared']:,} pairs of rows have a positive in common, {found['crossed']:,} rows have a "
+            "negative that is another row's positive. Where two meet in a batch, a right answer may count as "
+            f"wrong: {clashes(found, batch):.2f} times in a batch of {batch}.")
 
 
 def length_groups(rows, tokenizer, bounds=(64, 128, 256, 512), tokens=8192, group=1, processes=2):
@@ -305,17 +343,18 @@ def make(kind, output=None, data=None, **given):
     own = {name: value for name, value in settings.items() if name not in KINDS[kind][1]}
     if kind in ("random", "hard"):
         pairs = texts_of.one_per_query(read_pairs(data) if data else tutorial_pairs()[0])
+        if right := sum(len({*pair.get("neg", ())}) - len(own_negatives(pair)) for pair in pairs):
+            print(f"{right} negatives are right answers of the same query: left out.")
     else:
-        found = check_file(data, group=2)
+        found = check_file(data, group=settings["group"] if kind == "lengths" else 2)
     said = {"kind": kind, "source": sha256_of(data or TRAIN), **settings}
     if "model" in settings:
         folder, length = models.find_model(settings["model"]), settings["max_length"]
         said["model"] = fingerprint(folder)
-    if settings.get("corpus"):
-        said["corpus"] = sha256_of(settings["corpus"])
+    said |= {"corpus": sha256_of(settings["corpus"])} if settings.get("corpus") else {}
     if steps.open_step(made.parent, said):
         return made
-    rows, filled = (row for _, row in read_rows(data)) if data else None, Counter()
+    rows, filled, targets = (row for _, row in read_rows(data)) if data else None, Counter(), array("d")
     if kind == "random":
         rows = random_negatives(pairs, **own)
     elif kind == "hard":
@@ -326,6 +365,7 @@ def make(kind, output=None, data=None, **given):
         plain = not settings["cross"]
         score = cosines(models.load(folder, length), settings["instruction"]) if plain else None
         rows = teacher_scores(rows, score or cross_encoder(folder, length), **own)
+        rows = (targets.extend(target_of(row)) or row for row in rows)
     else:
         groups, lengths = length_groups(rows, models.load(folder, length).tokenizer, **own)
         for bound, batch, size in groups:
@@ -335,8 +375,12 @@ def make(kind, output=None, data=None, **given):
         steps.close_step(made.parent, found | {"groups": groups})
         return made
     write_pairs(made, rows)
+    if targets:
+        shares = f"mean {np.mean(targets):.3f}, median {np.median(targets):.3f} beside one negative"
+        filled["target_on_the_positive"] = shares
     found = check_file(made, group=2, scores=kind == "teacher") | filled
-    print(", ".join(f"{name.replace('_', ' ')}: {n}" for name, n in found.items() if n is not None))
+    shown = ("rows", "shared", *filled)
+    print(", ".join(f"{name.replace('_', ' ')}: {found[name]}" for name in shown))
     steps.close_step(made.parent, found)
     return made
 
@@ -364,13 +408,9 @@ def main(words=None):
     if args.kind != "check":
         return make(**vars(args))
     found = check_file(args.data, args.group)
-    print(f"{relative(args.data)}: {found['rows']:,} rows, all in order.")
-    if found["shared"]:  # FlagEmbedding masks nothing
-        expected = found["shared"] * (args.batch / found["rows"]) ** 2
-        print(
-            f"{found['shared']:,} pairs of rows have a positive in common. Where two meet in a batch, a "
-            f"right answer counts as wrong: {expected:.2f} times in a batch of {args.batch}."
-        )
+    more = f"; {n:,} have a negative that is another row's positive" if (n := found["crossed"]) else ""
+    print(f"{relative(args.data)}: {found['rows']:,} rows, all in order{more}.")
+    print(*(line + "\n" for line in remarks(found, args.group, args.batch)), sep="", end="")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,7 @@ from recipes import engine, steps  # noqa: E402
 PRESETS = {  # (model, queries per update, FlagEmbedding's arguments)
     "pocket": ("minilm", 80, "--num_train_epochs 1 --learning_rate 1e-4 --query_max_len 64 "
                "--passage_max_len 128 --sub_batch_size 8"),
-    "full": ("bge-m3", None, "--num_train_epochs 5 --learning_rate 2e-5"),  # None: what fits
-}  # fmt: skip
+    "full": ("bge-m3", None, "--num_train_epochs 5 --learning_rate 2e-5")}  # None: what fits
 TAUGHT = "--train_group_size 4 --knowledge_distillation True --kd_loss_type kl_div"
 
 

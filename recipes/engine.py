@@ -9,6 +9,7 @@ cut off goes on from its last checkpoint.
 """
 
 import importlib.util
+import itertools
 import math
 import os
 import re
@@ -21,10 +22,13 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from embedding_tutorial import encoder, files, profiles  # noqa: E402
 from embedding_tutorial.files import ROOT, TutorialError, read_json, relative  # noqa: E402
+from embedding_tutorial.own_data import say_what_is_cut  # noqa: E402
+from embedding_tutorial.pairs import read_rows  # noqa: E402
 from embedding_tutorial.runs import require_run_space  # noqa: E402
 from recipes import data, models, steps  # noqa: E402
 from recipes.checked_run import PROGRESS, WHOLE  # noqa: E402
@@ -79,13 +83,11 @@ def fitting_batch(gigabytes, config, options):
     fixed = PER_WEIGHT * (words * width + 12 * layers * width**2)
     once = is_on(options, "gradient_checkpointing")
     token = width * (layers * KEPT_CHECKPOINTING + KEPT if once else layers * KEPT)
-    if is_on(
-        options, "unified_finetuning"
-    ):  # while a text's sparse vector is made: a row per token, and back
+    if is_on(options, "unified_finetuning"):  # while sparse vectors are made: a row per token, and back
         token += 3 * 2 * words
     query, passage = number(options, "query_max_len"), number(options, "passage_max_len")
-    return int(
-        (0.85e9 * gigabytes - fixed) / (token * (query + number(options, "train_group_size") * passage)))
+    row = query + number(options, "train_group_size") * passage
+    return int((0.85e9 * gigabytes - fixed) / (token * row))
 
 
 def add_options(parser):
@@ -96,14 +98,11 @@ def add_options(parser):
     add("--data", type=Path, help="FlagEmbedding's lines, or a folder of data.py lengths; otherwise made")
     add("--output", type=Path, help="folder; otherwise one whose name tells runs apart")
     add("--processes", type=int, help="one per GPU; otherwise as many as there are, 2 on the CPU, 8 to print")
-    add(
-        "--gpu-gb", type=float, help="memory of a GPU, which sets the full batch; otherwise this one's, or 80"
-    )
+    add("--gpu-gb", type=float, help="memory of a GPU, sets the full batch; otherwise this one's, or 80")
     add("--cpu", action="store_true", help="train on the CPU although there is a GPU")
     add("--deepspeed", action="store_true", help=f"with {DEEPSPEED.name} (install it first)")
     add("--print", action="store_true", help="print the line that would run, and end")
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    parser.set_defaults(gpus=gpus)
+    parser.set_defaults(gpus=torch.cuda.device_count() if torch.cuda.is_available() else 0)
 
 
 def parsed(parser, words):
@@ -170,12 +169,21 @@ def recipe(args, *settings):
     if is_on(options, "same_dataset_within_batch"):
         print("The batch of each file is the batch_size in its rows.")
     else:
-        queries = int(number(options, "per_device_train_batch_size")) * processes
-        passages = queries * int(number(options, "train_group_size"))
-        print(f"{queries} queries an update, each against {passages} passages: {passages - 1} negatives.")
+        names = ("per_device_train_batch_size", "gradient_accumulation_steps", "train_group_size")
+        own, repeats, group = (int(number(options, name, 1)) for name in names)
+        seen = own * group * sharing(processes, options)
+        queries = f"{own * processes * repeats} queries an update"
+        print(f"{queries}, each against {seen} passages: {seen - 1} negatives.")
+        if seen > own * group and is_on(options, "unified_finetuning"):
+            print(f"So for the dense loss; sparse, ColBERT and sum see their own process: {own * group - 1}.")
     words = [settings[1], str(processes), str(folder), *words_of(options)]
     print(shlex.join([sys.executable, str(Path(__file__).resolve()), *words]), flush=True)
     return None if args.print else main(words)
+
+
+def sharing(processes, options):
+    """How many processes share their passages as negatives."""
+    return processes if is_on(options, "negatives_cross_device") else 1
 
 
 def data_files(options):
@@ -187,28 +195,44 @@ def data_files(options):
     return sum(inside, [])
 
 
+def say_lengths(base, options, rows_of):
+    """Say what --query_max_len and --passage_max_len cut, in 1,000 rows of a file. rows_of: {file: rows}."""
+    rows, tokenizer = [], AutoTokenizer.from_pretrained(base)
+    for file, count in rows_of.items():
+        rows += [row for _, row in itertools.islice(read_rows(file), 0, None, max(1, count // 1000))]
+    used = ("pos", "neg") if number(options, "train_group_size", 8) > 1 else ("pos",)
+    before = "".join(options.get("query_instruction_for_retrieval", []))
+    passages = list({text: None for row in rows for name in used for text in row[name]})
+    queries = [before + row["query"] for row in rows]
+    say_what_is_cut(tokenizer, queries, int(number(options, "query_max_len", 32)), "queries looked at")
+    say_what_is_cut(tokenizer, passages, int(number(options, "passage_max_len", 128)), "passages looked at")
+
+
 def require(processes, options, folder, base):
-    """TutorialError for what would fail or mislead later."""
+    """{data file: its number of rows}; TutorialError for what would fail or mislead later."""
     gpus = torch.cuda.device_count()
     if not is_on(options, "use_cpu") and processes > gpus:
         raise TutorialError(f"{processes} processes, but {gpus} GPUs here. Lower --processes, or add --cpu.")
     if "deepspeed" in options and importlib.util.find_spec("deepspeed") is None:
-        raise TutorialError(
-            "DeepSpeed is not installed here. Remedy: pip install deepspeed, or run without --deepspeed.")
-    group, scores = number(options, "train_group_size", 8), is_on(options, "knowledge_distillation")
+        raise TutorialError("DeepSpeed is not installed here: pip install deepspeed, or no --deepspeed.")
+    group, scores = int(number(options, "train_group_size", 8)), is_on(options, "knowledge_distillation")
     found = {file: data.check_file(file, group, scores) for file in data_files(options)}
     batch = int(number(options, "per_device_train_batch_size", 8))
     if is_on(options, "same_dataset_within_batch"):  # a batch from one file: a smaller file would vanish
-        sizes = {file: (one["rows"], one["batch_size"] or batch) for file, one in found.items()}
+        sets = {file: one | {"batch": one["batch_size"] or batch} for file, one in found.items()}
     else:
-        sizes = {options["train_data"][0]: (sum(one["rows"] for one in found.values()), batch)}
-    for file, (rows, batch) in sizes.items():
-        if rows < batch * processes:
-            raise TutorialError(
-                f"{relative(file)} has {rows} rows, fewer than one batch of {batch * processes}. "
-                "Lower --per_device_train_batch_size, or the batch_size in the rows of a length group.")
+        every = {"few": sum((one["few"] for one in found.values()), []), "batch": batch}
+        every |= {n: sum(one[n] for one in found.values()) for n in ("rows", "shared", "crossed", "clash")}
+        sets = {options["train_data"][0]: every}
+    lower = "Lower --per_device_train_batch_size, or the batch_size in the rows of a length group."
+    for file, one in sets.items():
+        if (rows := one["rows"]) < (least := one["batch"] * processes):
+            raise TutorialError(f"{relative(file)} has {rows} rows, fewer than one batch of {least}. {lower}")
+        for line in data.remarks(one, group, one["batch"] * sharing(processes, options)):
+            print(f"{relative(file)}: {line}")
     size = encoder.weights_file(base).stat().st_size
     require_run_space(folder, size, 2 * size, keep=2)
+    return {file: one["rows"] for file, one in found.items()}
 
 
 def cut_off(folder, processes):
@@ -220,8 +244,8 @@ def cut_off(folder, processes):
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
     done = max((int(line.split()[1]) for line in lines if line.startswith(PROGRESS)), default=0)
     if done:
-        print(
-            f"It was cut off after update {done}. It goes on from update {last}: {done - last} are repeated.")
+        again = f"{done - last} are repeated."
+        print(f"It was cut off after update {done}. It goes on from update {last}: {again}")
     return marks[last].parent if last else None
 
 
@@ -269,8 +293,8 @@ def check_ranks(reports, processes):
     places = [Path(reports) / f"rank-{n}.json" for n in range(processes)]
     missing = [n for n, place in enumerate(places) if not place.exists()]
     if missing:
-        raise TutorialError(
-            f"Processes {missing} of {processes} left no report in {relative(reports)}: see train.log there.")
+        where = f"{relative(reports)}: see train.log there."
+        raise TutorialError(f"Processes {missing} of {processes} left no report in {where}")
     found = [read_json(place) for place in places]
     first, sizes = found[0], [report["group_size"] for report in found]
     alone, hint = set(sizes) != {processes}, "On the CPU, --use_cpu is missing."
@@ -283,6 +307,7 @@ def check_ranks(reports, processes):
         (not alone and len({report["after"] for report in found}) > 1,
          "The processes ended with different parameters: gradients were not synchronised, the saved model "
          f"knows only the data of the first process. {hint}"),
+        (first.get("not_fp32"), f"Not trained in fp32: {first.get('not_fp32')}. Save the base in fp32."),
         (first.get("not_finite"), f"Parameters are not finite after training: {first.get('not_finite')}. "
          "Lower the learning rate, or train in bf16 rather than fp16."),
         (first.get("after") == first.get("before"), "Training changed no parameter. Look at train.log.")):
@@ -294,57 +319,47 @@ def check_ranks(reports, processes):
 def finish_model(work, base, target, pooling):
     """Make a complete model folder of what FlagEmbedding saved.
 
-    It saves weights, config.json and the M3 heads, but neither modules.json nor 1_Pooling/: without them
-    SentenceTransformer falls back to mean pooling, wrong for a model trained with CLS. Tokenizer files
-    come from the base, since the saved ones keep the truncation of the training run.
+    It saves weights, config.json and the M3 heads it trained, but neither modules.json nor 1_Pooling/:
+    without them SentenceTransformer falls back to mean pooling, wrong for a model trained with CLS.
+    Tokenizer files come from the base, since the saved ones keep the truncation of the training run.
     """
     work, base, target = Path(work), Path(base), Path(target)
     config = read_json(work / "config.json")
     with files.atomic_folder(target) as folder:
-        encoder.copy_companions(base, folder)
+        encoder.copy_companions(base, folder, without=encoder.HEAD_FILES)  # those belong to the old weights
         for name in ("config.json", *encoder.WEIGHT_FILES, *encoder.HEAD_FILES):
             if (work / name).exists():
                 shutil.copyfile(work / name, folder / name)
         encoder.weights_file(folder)
-        models.describe_pooling(folder, config["hidden_size"], pooling)
+        encoder.describe_pooling(folder, config["hidden_size"], pooling)
 
 
 def run(kind, processes, folder, options):
     """One run from start to the finished, checked `folder/model`. Returns what `done.json` says."""
-    folder = Path(folder).resolve()
-    base, work, reports = (
-        models.find_model(options["model_name_or_path"][0]),
-        folder / "work",
-        folder / "reports")
-    require(processes, options, folder, base)
-    settings = {
-        **{name: values for name, values in options.items() if name not in OURS},
-        "engine": kind,
-        "processes": processes,
-        "model": encoder.fingerprint(base),
-        "data": files.text_key([files.sha256_of(file) for file in data_files(options)])}
+    folder, base = Path(folder).resolve(), models.find_model(options["model_name_or_path"][0])
+    work, reports = folder / "work", folder / "reports"
+    rows_of = require(processes, options, folder, base)
+    settings = {name: values for name, values in options.items() if name not in OURS}
+    settings |= {"engine": kind, "processes": processes, "model": encoder.fingerprint(base)}
+    settings["data"] = files.text_key([files.sha256_of(file) for file in data_files(options)])
     found = steps.open_step(folder, settings, keep=("work", "train.log"))
     if found:
         return found
+    say_lengths(base, options, rows_of)
     reports.mkdir()
     words = [*words_of(options), "--output_dir", str(work), "--cache_path", str(folder / "cache")]
     if checkpoint := cut_off(folder, processes):
         words += ["--resume_from_checkpoint", str(checkpoint)]
     launch(kind, words, folder, processes)
     report = check_ranks(reports, processes)
-    print(
-        f"All {processes} processes trained as one group and ended with the same parameters "
-        f"({report['after'][:12]}): {report['steps']} updates, {report['seconds']:.0f} s.")
+    end = f"({report['after'][:12]}): {report['steps']} updates, {report['seconds']:.0f} s."
+    print(f"All {processes} processes trained as one group and ended with the same parameters {end}")
     finish_model(work, base, folder / "model", options["sentence_pooling_method"][0])
-    for name in (work, folder / "cache"):
-        shutil.rmtree(name)
+    shutil.rmtree(work)
+    shutil.rmtree(folder / "cache")
     losses = [loss for loss in report["losses"] if math.isfinite(loss)]
     found = {
-        "processes": processes,
-        "updates": report["steps"],
-        "losses": losses,
-        "checksum": report["after"]}
-    found |= {
+        "processes": processes, "updates": report["steps"], "losses": losses, "checksum": report["after"],
         "precision": next((kind for kind in ("bf16", "fp16") if is_on(options, kind)), "fp32"),
         "passages_per_update": processes * report["passages"],
         "cpu_seconds_of_one_process": round(report["cpu_seconds"], 1),

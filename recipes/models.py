@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
 from embedding_tutorial import assets
-from embedding_tutorial.encoder import Encoder, read_pooling, weights_file
-from embedding_tutorial.files import ROOT, TutorialError, atomic_folder, read_json, write_json
+from embedding_tutorial.encoder import Encoder, describe_pooling, read_pooling, weights_file
+from embedding_tutorial.files import ROOT, TutorialError, atomic_folder, read_json
 from embedding_tutorial.profiles import device_of_this_machine
 
 KNOWN = {"minilm": assets.pocket_model_path, "bge-m3": assets.bge_m3_path}
@@ -72,26 +72,12 @@ def small_bert(folder, layers=2, hidden=128, seed=42):
     return folder
 
 
-def describe_pooling(folder, dims, pooling):
-    """Write the files by which SentenceTransformer and `Encoder` know how a vector is made."""
-    parts = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
-    kinds = [(path, f"sentence_transformers.models.{kind}") for path, kind in parts.items()]
-    modules = [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in enumerate(kinds)]
-    modes = {"cls_token": pooling == "cls", "mean_tokens": pooling == "mean", "max_tokens": False}
-    how = {f"pooling_mode_{name}": on for name, on in (modes | {"mean_sqrt_len_tokens": False}).items()}
-    write_json(folder / "modules.json", modules)
-    write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": dims, **how})
-    (folder / "2_Normalize").mkdir(exist_ok=True)
-    if not (folder / "sentence_bert_config.json").exists():
-        write_json(folder / "sentence_bert_config.json", {"max_seq_length": 512, "do_lower_case": False})
-
-
 def pocket_m3(folder, texts, base=None, seed=42):
     """MiniLM in BGE-M3's layout: its own dense vectors, and two heads with fresh random weights.
 
     BGE-M3 has trained heads; here the sparse and the ColBERT vectors mean nothing before the recipe has
-    trained them. Of the vocabulary only what `texts` use is kept, with every single character: that
-    changes no vector of these texts, and the sparse vectors, one number per vocabulary entry and token
+    trained them. Of the vocabulary only what `texts` use is kept (None: all), with every single character:
+    that changes no vector of these texts, and the sparse vectors, one number per vocabulary entry and token
     while training, become several times smaller. FlagEmbedding blanks the weight of an `eos_token`, which
     BERT does not name: its [SEP] takes that place. base: another BERT folder to build on.
     """
@@ -114,13 +100,13 @@ def pocket_m3(folder, texts, base=None, seed=42):
 
 
 def trimmed(tokenizer, texts):
-    """(a tokenizer with only the entries that `texts` use, the old ids of its entries).
+    """(a tokenizer with only the entries that `texts` use, or None: all; the old ids of its entries).
 
     WordPiece takes the longest entry that matches, so these texts are cut as before. The entries up to
     the last special one keep their ids.
     """
-    rows = tokenizer(list(texts), truncation=False, padding=False)["input_ids"]
-    used = {number for row in rows for number in row}
+    rows = tokenizer(list(texts), truncation=False, padding=False)["input_ids"] if texts is not None else ()
+    used = {number for row in rows for number in row} if texts is not None else range(len(tokenizer))
     vocabulary, fixed = tokenizer.get_vocab(), max(tokenizer.all_special_ids)
     single = {number for word, number in vocabulary.items() if len(word.removeprefix("##")) == 1}
     kept = sorted({*range(fixed + 1), *used, *single})

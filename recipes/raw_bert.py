@@ -4,9 +4,9 @@
     python recipes/raw_bert.py --negatives 50
     python recipes/raw_bert.py --scale full --print     # the line for bert-base-uncased on 8 GPUs
 
-The question: do more random negatives help? Every number of them gets about 204 passages an update and as
-many updates: more negatives per query are fewer queries. At pocket scale bert-base-uncased's place is taken
-by a small BERT with random weights that is made here: it has not learned language, so expect little of it.
+The question: do more random negatives help? Every number of them gets as many updates and about as many
+passages in each (204; at full scale what fits): more negatives per query are fewer queries. At pocket scale
+bert-base-uncased's place is taken by a small BERT with random weights, made here: expect little of it.
 The real one: hf download google-bert/bert-base-uncased --local-dir models/bert-base-uncased
 """
 
@@ -20,7 +20,7 @@ SMALL = steps.OUTPUT / "small-bert"
 PRESETS = {  # (model, queries per update with no negatives, FlagEmbedding's arguments)
     "pocket": (str(SMALL), 204,
                "--max_steps 30 --learning_rate 1e-3 --query_max_len 48 --passage_max_len 64"),
-    "full": ("bert-base-uncased", None, "--num_train_epochs 3 --learning_rate 2e-5 --query_max_len 128")}
+    "full": ("bert-base-uncased", None, "--max_steps 2000 --learning_rate 2e-5 --query_max_len 128")}
 
 
 def main(words=None):

@@ -2,8 +2,8 @@
 
 A step owns one folder. `recipe.json` in it says with which settings it was started, `done.json` that it
 finished and what it found. So a finished step is skipped, an unfinished one is emptied and done again,
-one that was made with other settings is kept beside the new one, and a folder without `recipe.json` is
-somebody else's and is never touched. (FlagEmbedding itself overwrites any folder without a word.)
+one of other settings that finished or has checkpoints is kept beside the new one, and a folder without
+`recipe.json` is somebody else's and is never touched. (FlagEmbedding itself overwrites any folder.)
 """
 
 import argparse
@@ -29,9 +29,8 @@ def parser(text):
 
 def label(path):
     """A short name for a model folder or a data file: that of its own folder where its name says nothing."""
-    path = Path(path)
-    return (
-        path.parent.name if path.stem in ("model", "train", "groups", "merged", "fine-tuned") else path.stem)
+    path, plain = Path(path), ("model", "train", "groups", "merged", "fine-tuned")
+    return path.parent.name if path.stem in plain else path.stem
 
 
 def run(main):
@@ -53,21 +52,21 @@ def open_step(folder, settings, keep=()):
     marker, done = folder / "recipe.json", folder / "done.json"
     if folder.exists() and not folder.is_dir() or folder.is_dir() and any(folder.iterdir()):
         if not marker.is_file():
-            raise TutorialError(
-                f"{name} exists and no recipe made it. Nothing was touched: "
-                "choose another --output, or move that folder away.")
+            remedy = "Nothing was touched: choose another --output, or move that folder away."
+            raise TutorialError(f"{name} exists and no recipe made it. {remedy}")
         before = read_json(marker)
         if before == settings and done.exists():
             print(f"{name}: already finished with these settings, skipped. Delete it to redo it.")
             return read_json(done)
-        if before != settings and done.exists():
+        half = "" if done.exists() else " and cut off; its checkpoints are kept"
+        if before != settings and (done.exists() or any(folder.glob("work/checkpoint-*"))):
             changed = sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name))
             aside = folder.with_name(folder.name + ".previous")
             if aside.exists() and not (aside / "recipe.json").is_file():
                 raise TutorialError(f"{files.relative(aside)} exists and no recipe made it. Move it away.")
+            where = aside.name + (", in place of an older one" if aside.exists() else "")
             move_aside(folder, aside)
-            print(
-                f"{name} was made with other settings ({', '.join(changed)}): now {aside.name}.")
+            print(f"{name} was made with other settings ({', '.join(changed)}){half}: now {where}.")
         else:
             print(f"{name}: an earlier run did not finish{'.' if keep else ', done again.'}")
             for entry in folder.iterdir():

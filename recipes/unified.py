@@ -7,6 +7,7 @@
 
 At pocket scale BGE-M3's place is taken by MiniLM with two fresh random heads in BGE-M3's layout: its
 dense vectors are good from the start, its sparse and ColBERT vectors mean nothing before this training.
+Its vocabulary is cut to what the pocket texts use; with other texts in --data it stays whole.
 Self-distillation: from a given step on, the weighted sum of the three scores teaches each of them.
 """
 
@@ -22,8 +23,7 @@ PRESETS = {  # (model, queries per update, FlagEmbedding's arguments)
     "pocket": (str(BASE), 32, "--max_steps 8 --query_max_len 48 --passage_max_len 64 "
                "--self_distill_start_step 2"),
     "full": ("bge-m3", None, "--num_train_epochs 2 --learning_rate 1e-5 --temperature 0.02 "
-             "--self_distill_start_step 5"),
-}
+             "--self_distill_start_step 5")}
 
 
 def main(words=None):
@@ -32,8 +32,9 @@ def main(words=None):
     parser.add_argument("--teacher", metavar="MODEL", help="distil from this embedding model (m3_kd_loss)")
     parser.add_argument("--plain", action="store_true", help="no distillation of any kind")
     args, theirs = engine.parsed(parser, words)
+    presets = dict(PRESETS)
     if args.scale == "pocket" and not args.model:
-        pocket_base()
+        presets["pocket"] = (str(pocket_base(args.data)), *PRESETS["pocket"][1:])
     name, source = "unified", [("hard", {"count": 7})]
     more = "--use_self_distill True"
     if args.teacher:
@@ -41,15 +42,21 @@ def main(words=None):
         source, more = [*source, ("teacher", {"model": args.teacher})], f"{more} --kd_loss_type m3_kd_loss"
     elif args.plain:
         name, more = "unified-plain", ""
-    return engine.recipe(args, theirs, "m3", name, PRESETS, f"{COMMON} {more}", source)
+    return engine.recipe(args, theirs, "m3", name, presets, f"{COMMON} {more}", source)
 
 
-def pocket_base():
-    """The pocket stand-in for BGE-M3, made once."""
-    if not (BASE / "colbert_linear.pt").exists():
-        pairs = [pair for part in data.tutorial_pairs() for pair in part]
-        models.pocket_m3(BASE, [pair[name] for pair in pairs for name in ("query", "pos_doc")])
+def pocket_base(given=None):
+    """The folder of the pocket stand-in for BGE-M3, made once; whole: for a file with texts of one's own."""
+    pairs = [pair for part in data.tutorial_pairs() for pair in part]
+    texts = {pair[name] for pair in pairs for name in ("query", "pos_doc")}
+    files = engine.data_files({"train_data": [given]}) if given else ()
+    own = (row for file in files for _, row in data.read_rows(file))
+    whole = any(data.row_problem(row) or not texts >= {row["query"], *row["pos"], *row["neg"]} for row in own)
+    folder = BASE.with_name(BASE.name + "-whole") if whole else BASE
+    if not (folder / "colbert_linear.pt").exists():
+        models.pocket_m3(folder, None if whole else texts)
         print("BGE-M3's place is taken by MiniLM with two fresh random heads (sparse, ColBERT).")
+    return folder
 
 
 if __name__ == "__main__":

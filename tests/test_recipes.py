@@ -20,6 +20,7 @@ from transformers import (
 
 from embedding_tutorial import profiles
 from embedding_tutorial.assets import pocket_model_path
+from embedding_tutorial.batches import drawn_batches
 from embedding_tutorial.encoder import Encoder, embed
 from embedding_tutorial.files import ROOT, TutorialError, read_json, write_json
 from embedding_tutorial.finetune import evaluate as notebook_evaluate
@@ -54,6 +55,33 @@ def test_random_negatives_are_never_right():
         list(data.random_negatives(pairs, 6))
 
 
+def test_a_rows_own_negatives_stay_in_front(tmp_path, monkeypatch, capsys):
+    """FlagEmbedding's rows keep their negatives; what fills up is random or mined, and counted."""
+    pairs = make_pairs(8)
+    codes = [pair["pos_doc"] for pair in pairs]
+    lines = [{"query": p["query"], "pos": [p["pos_doc"]], "neg": []} for p in pairs]
+    lines[0]["neg"] = ["mine", codes[3], "mine", codes[0]]  # one twice, and one that is right
+    lines[1]["neg"] = [f"other {i}" for i in range(5)]  # more than --count
+    lines.append({"query": pairs[2]["query"], "pos": ["lambda x: x"], "neg": ["later", codes[4]]})
+    write_pairs(tmp_path / "rows.jsonl", lines)
+    on_a_line(monkeypatch, {text: 9 * i for i, text in enumerate([*codes, "lambda x: x", "c"])}
+              | {p["query"]: 9 * i - 1 for i, p in enumerate(pairs)})  # fmt: skip
+    monkeypatch.setattr(models, "load", lambda *args: None)
+    for kind in ("random", "hard"):
+        made = data.make(kind, tmp_path / kind, count=4, data=tmp_path / "rows.jsonl")
+        rows = [json.loads(line) for line in made.open()]
+        assert rows[0]["neg"][:2] == ["mine", codes[3]] and codes[0] not in rows[0]["neg"]
+        assert rows[1]["neg"] == lines[1]["neg"] and rows[2]["neg"][:2] == ["later", codes[4]]
+        assert all(len({*row["neg"]}) == 4 for n, row in enumerate(rows) if n != 1)
+        assert "1 negatives are right answers of the same query: left out" in capsys.readouterr().out
+    # Of row 2 one answer stands far away, and hardly anything scores below it: two random ones.
+    assert read_json(tmp_path / "hard" / "done.json")["random_fill_ins"] == 2
+    full = [pair | {"neg": ["a", "b"]} for pair in pairs[:2]]  # nothing is left to draw, and nothing missing
+    assert [row["neg"] for row in data.random_negatives(full, 2)] == [["a", "b"]] * 2
+    with pytest.raises(TutorialError, match="Row 1 can have 3 negatives, not 4"):
+        list(data.random_negatives(full, 4))
+
+
 def test_random_negatives_are_drawn_evenly():
     """Each wrong passage about as often as any other, those beside the right one included."""
     pairs = [*make_pairs(8), {"query": "add 3 to a number", "pos_doc": "lambda x: x + 3"}]
@@ -64,6 +92,12 @@ def test_random_negatives_are_drawn_evenly():
         for text in row["neg"]:
             counts[text] = counts.get(text, 0) + 1
     assert len(counts) == 7 and max(abs(n - 4000 / 7) for n in counts.values()) < 100
+
+
+def hard_negatives(pairs, encoder, *settings, **more):
+    """(all rows that are mined, number of random fill-ins)."""
+    found = list(data.mined(pairs, encoder, *settings, **more))
+    return [row for row, _ in found], sum(filled for _, filled in found)
 
 
 def on_a_line(monkeypatch, place):
@@ -85,13 +119,13 @@ def test_hard_negatives_keep_window_and_margin(monkeypatch):
         monkeypatch,
         {"p0": 20, "p1": 10, "p2": 25, "p3": 40, "p4": 60, "p5": 80} | {f"q{i}": 0 for i in range(6)},
     )
-    rows, filled = data.hard_negatives(pairs, None, count=2, window=(2, 4), margin=0.1)
+    rows, filled = hard_negatives(pairs, None, count=2, window=(2, 4), margin=0.1)
     assert set(rows[0]["neg"]) == {"p3", "p4"}  # p1 is rank 1; p2 is closer than the margin to the positive
     assert all(row["pos"][0] not in row["neg"] and len(set(row["neg"])) == 2 for row in rows)
     # Nothing scores below p5's own positive: its negatives are random fill-ins, and are counted.
     assert filled >= 2
     with pytest.raises(TutorialError, match="ranks 2 to 3 do not hold 3"):
-        data.hard_negatives(pairs, None, count=3, window=(2, 3))
+        hard_negatives(pairs, None, count=3, window=(2, 3))
 
 
 def test_hard_negatives_stay_below_a_share_of_the_positive(monkeypatch):
@@ -103,14 +137,14 @@ def test_hard_negatives_stay_below_a_share_of_the_positive(monkeypatch):
     pairs = [{"query": f"q{i}", "pos_doc": f"p{i}"} for i in range(3)]
 
     def mined(**options):
-        found, _ = data.hard_negatives(pairs, None, 1, hardest=True, corpus=["near", "edge"], **options)
+        found, _ = hard_negatives(pairs, None, 1, hardest=True, corpus=["near", "edge"], **options)
         return found[0]["neg"]
 
     assert mined(margin=-2) == mined(margin=0) == ["near"]
     assert mined(margin=0, share=0.95) == mined(margin=0.04) == ["edge"]
     assert mined(margin=0.04, share=0.9) == mined(margin=0.1, share=0.95) == ["p1"]
     # q1 points away from everything: its positive's score is negative, and the share still lies below it.
-    found, _ = data.hard_negatives(pairs, None, 1, margin=0, share=0.95, hardest=True)
+    found, _ = hard_negatives(pairs, None, 1, margin=0, share=0.95, hardest=True)
     own, other = (math.cos(math.radians(170 - math.degrees(math.acos(s)))) for s in (0.50, 0.10))
     assert own < 0 and (other > own) and found[1]["neg"] == ["p0"]
 
@@ -121,6 +155,8 @@ def test_teacher_scores_are_cosines_over_temperature(monkeypatch):
         [{"query": "q", "pos": ["p"], "neg": ["n"]}], data.cosines(None), temperature=0.5
     )
     assert row["pos_scores"] == [2.0] and row["neg_scores"] == [1.0]
+    assert data.target_of(row) == pytest.approx([1 / (1 + math.exp(-1))])
+    assert data.target_of({"pos_scores": [-900.0], "neg_scores": [900.0]})[0] < 1e-300
 
 
 def test_a_cross_encoder_scores_pairs_by_its_logits(tmp_path, tiny):
@@ -187,7 +223,43 @@ def test_rows_with_one_positive_are_counted(tmp_path, capsys):
     assert data.check_file(file)["shared"] == 3  # of three rows each two
     data.main(["check", str(file), "--batch", "10"])
     assert "3 pairs of rows have a positive in common" in (said := capsys.readouterr().out)
-    assert "0.33 times in a batch of 10" in said
+    # Each of the two that meet sees its right answer as the other's: 2 × 3 × (10 × 9) / (30 × 29).
+    assert "0.62 times in a batch of 10" in said
+
+
+def test_a_negative_that_is_right_for_another_row_is_counted_as_often_as_it_is_drawn(tmp_path, capsys):
+    rows = [{"query": f"q{i}", "pos": [f"p{i}"], "neg": [f"n{i}", f"m{i}"]} for i in range(40)]
+    for i in range(10):
+        rows[i]["neg"][0] = f"p{i + 20}"
+    rows[20]["pos"].append("p21")  # shared, and one of two
+    rows[39]["neg"] = ["p0"]  # fewer than a group of 3 draws
+    write_pairs(tmp_path / "train.jsonl", rows)
+    found = data.check_file(tmp_path / "train.jsonl", group=2)
+    assert (found["shared"], found["crossed"], found["few"]) == (1, 11, [])
+    # p21 by row 21, and by row 20 every second time; of nine negatives half; p21 is right for two; p0 always.
+    assert found["clash"] == pytest.approx((1 + 0.5) + (9 * 0.5 + 2 * 0.5) + 1)
+    different, queries, often = drawn_batches(rows, 20, 2, batches=4000)
+    assert often == pytest.approx(data.clashes(found, 20), rel=0.05) and 0 < queries <= often
+    assert 38 < different < 39  # of 40, and some stand there twice
+    alone = data.check_file(tmp_path / "train.jsonl")  # a group of 1 draws no negative
+    assert alone["clash"] == 1.5 and data.clashes(alone, 99) == data.clashes(alone, 40) == 1.5
+    assert not list(data.remarks(alone | {"clash": 0}, 1, 20))
+    data.main(["check", str(tmp_path / "train.jsonl"), "--group", "3", "--batch", "20"])
+    said = capsys.readouterr().out
+    assert "40 rows, all in order; 11 have a negative that is another row's positive." in said
+    assert "1 pairs of rows have a positive in common, 11 rows have a negative that is another row's" in said
+    assert "1 rows have fewer than 2 negatives, which are repeated: rows 40." in said
+    more = data.check_file(tmp_path / "train.jsonl", group=3)
+    assert f"{data.clashes(more, 20):.2f} times in a batch of 20.\n" in said and data.clashes(more, 20) > 2
+
+
+def test_length_groups_of_rows_without_negatives(tmp_path, tiny):
+    write_pairs(tmp_path / "t.jsonl", [{"query": f"q{i}", "pos": [f"p{i}"], "neg": []} for i in range(8)])
+    typed = ["lengths", "--data", str(tmp_path / "t.jsonl"), "--model", str(tiny), "--output"]
+    made = data.main([*typed, str(tmp_path / "one"), "--bounds", "16", "--tokens", "64"])
+    assert len((made / "up-to-16.jsonl").read_text().splitlines()) == 8
+    with pytest.raises(TutorialError, match="row 1: 'neg' is empty"):
+        data.main([*typed, str(tmp_path / "two"), "--group", "2"])
 
 
 def test_pairs_with_one_query_become_one_row(tmp_path):
@@ -216,7 +288,7 @@ def test_many_passages_are_searched_in_lists(monkeypatch):
     pairs = [{"query": f"q{i}", "pos_doc": f"p{i}"} for i in range(3000)]
     monkeypatch.setattr(data, "EXACT", 1000)
     monkeypatch.setattr(data, "vectors", lambda encoder, texts: p[[int(text[1:]) for text in texts]])
-    rows, filled = data.hard_negatives(pairs, None, 3, (1, 20), 0.0)
+    rows, filled = hard_negatives(pairs, None, 3, (1, 20), 0.0)
     assert filled < 50 and all(row["pos"][0] not in row["neg"] and len({*row["neg"]}) == 3 for row in rows)
     scores = [q[i] @ p[int(text[1:])] for i in range(200) for text in rows[i]["neg"]]
     assert np.mean(scores) > np.mean(q @ p.T) + 0.3
@@ -254,6 +326,9 @@ def test_the_data_recipe_as_a_command(tmp_path, tiny, capsys):
     file = tmp_path / "hard" / "train.jsonl"
     data.main(["teacher", "--data", str(file), "--model", str(tiny), "--output", str(tmp_path / "teacher")])
     file_taught = tmp_path / "teacher" / "train.jsonl"
+    targets = [target for line in file_taught.open() for target in data.target_of(json.loads(line))]
+    shown = f"mean {np.mean(targets):.3f}, median {np.median(targets):.3f}"
+    assert f"target on the positive: {shown}" in capsys.readouterr().out and len(targets) == 48
     assert data.check_file(file_taught, group=2, scores=True)["rows"] == 16
     assert all(len(json.loads(line)["neg_scores"]) == 3 for line in file_taught.open())
     capsys.readouterr()
@@ -298,6 +373,24 @@ def test_other_settings_keep_the_old_result_beside(tmp_path, capsys):
     assert steps.open_step(folder, {"seed": 2}) is None
     assert "other settings (seed)" in capsys.readouterr().out
     assert read_json(tmp_path / "step.previous" / "done.json")["rows"] == 3
+
+
+def test_other_settings_keep_the_checkpoints_of_a_run_that_was_cut_off(tmp_path, capsys):
+    folder = tmp_path / "run"
+    keep = ("work", "train.log")
+    steps.open_step(folder, {"seed": 1, "rate": 1}, keep)
+    (folder / "work" / "checkpoint-200").mkdir(parents=True)
+    (folder / "work" / "checkpoint-200" / "model.safetensors").write_text("hours")
+    assert steps.open_step(folder, {"seed": 2, "rate": 1}, keep) is None
+    assert "(seed) and cut off; its checkpoints are kept: now run.previous." in capsys.readouterr().out
+    assert (tmp_path / "run.previous/work/checkpoint-200/model.safetensors").read_text() == "hours"
+    assert [entry.name for entry in folder.iterdir()] == ["recipe.json"]
+    steps.open_step(folder, {"seed": 3, "rate": 1}, keep)  # nothing worth keeping: emptied, not moved
+    assert "did not finish" in capsys.readouterr().out
+    assert (tmp_path / "run.previous" / "work").exists()
+    steps.close_step(folder, {"rows": 3})
+    steps.open_step(folder, {"seed": 4, "rate": 1}, keep)
+    assert "now run.previous, in place of an older one." in capsys.readouterr().out
 
 
 def test_a_foreign_folder_is_refused_and_not_touched(tmp_path):
@@ -383,6 +476,7 @@ def test_flagembedding_parses_every_printed_line(
     assert training.deepspeed == (str(engine.DEEPSPEED) if deepspeed else None)
     for name, value in wanted.items():
         assert getattr(data_, name, None) == value or getattr(training, name, None) == value
+    assert recipe is not raw_bert or training.max_steps > 0  # as many updates for every number of negatives
 
 
 def test_the_line_for_gpus_knows_models_that_are_not_here(capsys, eight_gpus):
@@ -447,7 +541,8 @@ def test_one_gpu_does_not_stop_anything(monkeypatch, capsys):
     monkeypatch.setattr(engine.profiles, "training_precision", lambda profile, device: "fp16")
     monkeypatch.setattr(engine, "require_run_space", lambda *args, **kwargs: None)
     file, ran = ROOT / "data" / "pocket_mbpp.json", []
-    monkeypatch.setattr(data, "check_file", lambda *args: {"rows": 1000, "batch_size": None, "shared": 0})
+    checked = dict.fromkeys(("shared", "crossed", "clash"), 0) | {"rows": 1000, "batch_size": None, "few": []}
+    monkeypatch.setattr(data, "check_file", lambda *args: checked)
     monkeypatch.setattr(data, "make", lambda step, **options: file)
 
     def run(kind, processes, folder, options):
@@ -529,6 +624,58 @@ def test_scores_are_computed_in_fp32():
     assert (rounded - exact).abs().max() > 0.02 and (mended - exact).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("recipe", "theirs", "said"),
+    [
+        (dense, "", ["80 queries an update, each against 80 passages: 79 negatives."]),
+        (dense, "--gradient_accumulation_steps 3",  # gives no negatives
+         ["240 queries an update, each against 80 passages: 79 negatives."]),
+        (dense, "--negatives_cross_device False",
+         ["80 queries an update, each against 40 passages: 39 negatives."]),
+        (unified, "", ["32 queries an update, each against 64 passages: 63 negatives.",
+                       "So for the dense loss; sparse, ColBERT and sum see their own process: 31."]),
+        (unified, "--negatives_cross_device False",
+         ["32 queries an update, each against 32 passages: 31 negatives."]),
+    ],
+)  # fmt: skip
+def test_the_negatives_of_each_loss_are_said(recipe, theirs, said, tmp_path, tiny, capsys):
+    write_pairs(tmp_path / "t.jsonl", [{"query": "q", "pos": ["p"], "neg": ["n"]}])
+    words = ["--data", str(tmp_path / "t.jsonl"), "--model", str(tiny), "--cpu", "--print"]
+    recipe.main([*words, *(["--", *theirs.split()] if theirs else [])])
+    assert capsys.readouterr().out.splitlines()[:-1] == said
+
+
+def test_what_a_run_cuts_off_and_takes_for_wrong_is_said_before_it(tmp_path, tiny, capsys, monkeypatch):
+    monkeypatch.setattr(engine, "require_run_space", lambda *args, **kwargs: None)
+    texts = [("word " * (n + 1), f"p{n} {'word ' * 20}") for n in range(12)]
+    rows = [{"query": q, "pos": [p], "neg": [f"n{n}"]} for n, (q, p) in enumerate(texts)]
+    rows[0]["neg"] = [rows[5]["pos"][0]]
+    write_pairs(tmp_path / "t.jsonl", rows)
+    options = engine.options_of(
+        f"{engine.COMMON} --train_data {tmp_path / 't.jsonl'} --per_device_train_batch_size 3 --use_cpu True "
+        "--negatives_cross_device True --query_max_len 8 --passage_max_len 16 --train_group_size 3"
+    )
+    rows_of = engine.require(2, options, tmp_path / "out", tiny)
+    said = capsys.readouterr().out
+    assert "t.jsonl: 12 rows have fewer than 2 negatives, which are repeated: rows 1, 2, 3, 4, 5, …." in said
+    assert f"wrong: {1 * 6 * 5 / (12 * 11):.2f} times in a batch of 6." in said  # of both processes
+    engine.say_lengths(tiny, options, rows_of)
+    said = capsys.readouterr().out.splitlines()  # a query of n words has n + 2 tokens
+    assert said == ["6 of 12 queries looked at are longer than 8 tokens: cut there.",
+                    "12 of 23 passages looked at are longer than 16 tokens: cut there."]  # fmt: skip
+    options |= {"train_group_size": ["1"], "query_instruction_for_retrieval": ["word "]}
+    engine.say_lengths(tiny, options, rows_of)
+    said = capsys.readouterr().out
+    assert said.startswith("7 of 12 queries") and "12 of 12 passages" in said
+    monkeypatch.setattr(engine, "say_what_is_cut", lambda tokenizer, texts, *more: seen.append(texts))
+    seen = []
+    engine.say_lengths(tiny, options, {tmp_path / "t.jsonl": 4000})  # each fourth row
+    assert [text.count("word") - 1 for text in seen[0]] == [1, 5, 9]
+    options |= {"negatives_cross_device": ["False"], "train_group_size": ["2"]}
+    engine.require(2, options, tmp_path / "out", tiny)
+    assert f"wrong: {1 * 3 * 2 / (12 * 11):.2f} times in a batch of 3." in capsys.readouterr().out
+
+
 def test_the_deepspeed_configuration_keeps_parameters_whole():
     config = json.loads(engine.DEEPSPEED.read_text())
     assert config["zero_optimization"]["stage"] == 1  # stage 3 would part them and with them the checksums
@@ -587,7 +734,10 @@ def test_reports_that_show_a_silent_failure_do_not(tmp_path):
         engine.check_ranks(tmp_path, 2)
     with pytest.raises(TutorialError, match=r"Processes \[2\] of 3 left no report"):
         engine.check_ranks(tmp_path, 3)
-    for name, change in (("not finite", {"not_finite": ["w"]}), ("no parameter", {"after": "a"})):
+    for name, change in (
+        ("not finite", {"not_finite": ["w"]}), ("no parameter", {"after": "a"}),
+        ("Not trained in fp32: ..w", {"not_fp32": ["w"]}),
+    ):  # fmt: skip
         write_reports(tmp_path)
         for rank in range(2):
             path = tmp_path / f"rank-{rank}.json"
@@ -609,6 +759,26 @@ def test_the_trimmed_vocabulary_changes_no_vector(tmp_path):
         v = [embed(Encoder(f, 64).eval(), texts) for f in (pocket_model_path(), folder)]
     assert torch.allclose(*v, atol=1e-6)
     assert (folder / "colbert_linear.pt").exists() and (folder / "sparse_linear.pt").exists()
+
+
+def test_the_pocket_base_knows_the_words_of_an_own_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(unified, "BASE", tmp_path / "base" / "m3")
+    monkeypatch.setattr(data, "tutorial_pairs", lambda: (make_pairs(4), make_pairs(2)))
+    for name, word in (("own", "rheumatism"), ("pocket", "add 1 to a number")):
+        row = {"query": word, "pos": [make_pairs(1)[0]["pos_doc"]], "neg": [make_pairs(2)[1]["pos_doc"]]}
+        write_pairs(tmp_path / f"{name}.jsonl", [row])
+    bases = {}
+    for name in ("own", "pocket"):
+        words = ["--data", str(tmp_path / f"{name}.jsonl"), "--print"]
+        bases[name] = engine.options_of(printed(unified, words, capsys)[3])["model_name_or_path"][0]
+    assert bases["pocket"] == str(unified.pocket_base()) and bases["own"] == f"{bases['pocket']}-whole"
+    own, cut = (AutoTokenizer.from_pretrained(folder) for folder in bases.values())
+    known = AutoTokenizer.from_pretrained(pocket_model_path())
+    assert own.tokenize("rheumatism") == known.tokenize("rheumatism") and len(own) == len(known)
+    assert len(cut.tokenize("rheumatism")) == 10  # a letter each
+    whole = Encoder(bases["own"], 16).eval(), Encoder(pocket_model_path(), 16).eval()
+    with torch.no_grad():
+        assert torch.allclose(*(embed(encoder, ["my rheumatism"]) for encoder in whole), atol=1e-6)
 
 
 def test_a_model_that_is_not_here_says_how_to_fetch_it():
@@ -679,8 +849,35 @@ def test_colbert_and_sparse_scores_are_those_of_flagembedding():
     assert np.allclose(ours, theirs)
 
 
-def test_the_comparison_as_a_command(tmp_path, tiny, capsys):
+def test_the_half_precision_of_a_gpu_is_scored_in_fp32(tmp_path, tiny, monkeypatch):
+    """On a GPU FlagEmbedding gives float16: 1 and the next number below it are 0.0005 apart."""
+    import FlagEmbedding
+
+    vectors = np.array([[1, 0], [0.9995, 0.0316]], np.float16)
+
+    class Half:
+        def __init__(self, *args, **kwargs):
+            self.tokenizer = range(9)
+
+        def encode(self, texts, **kwargs):
+            asked.append(kwargs["max_length"])
+            return {"dense_vecs": vectors, "lexical_weights": [{"3": np.float16(0.1)}] * 2,
+                    "colbert_vecs": [vectors, vectors[:1]]}  # fmt: skip
+
+    asked = []
+    m3 = models.pocket_m3(tmp_path / "m3", ["a"], base=tiny)
+    monkeypatch.setattr(FlagEmbedding, "BGEM3FlagModel", Half)
+    found = compare.encoder_of(m3, max_length=77)(["a", "b"])
+    scores = compare.all_scores(found, found)
+    assert asked == [77] and {values.dtype for values in scores.values()} == {np.dtype(np.float32)}
+    exact = vectors.astype(np.float64) @ vectors.astype(np.float64).T
+    assert np.abs(scores["dense"] - exact).max() < 1e-6
+
+
+def test_the_comparison_as_a_command(tmp_path, tiny, capsys, monkeypatch):
     """Own queries in FlagEmbedding's format, two answers each, a corpus of one's own, and nothing else."""
+    for name in ("TRAIN", "VALIDATION"):  # as in a clone in which notebook 01 has not run
+        monkeypatch.setattr(data, name, tmp_path / "no such file.jsonl")
     pairs = make_pairs()
     lines = [
         {"query": p["query"], "pos": [p["pos_doc"], p["pos_doc"] + "  # again"], "neg": []} for p in pairs
@@ -692,8 +889,9 @@ def test_the_comparison_as_a_command(tmp_path, tiny, capsys):
     words = ["--checkpoint", f"tiny={tiny}", "--checkpoint", f"tiny M3={m3}",
              "--checkpoint", f"short={tiny}@8",
              "--queries", str(tmp_path / "val.jsonl"), "--corpus", str(tmp_path / "corpus.txt"),
-             "--output", str(tmp_path / "out")]  # fmt: skip
+             "--output", str(tmp_path / "out"), "--max-length", "64"]  # fmt: skip
     compare.main(words)
+    assert read_json(tmp_path / "out" / "recipe.json")["max_length"] == 64
     results = read_json(tmp_path / "out" / "results.json")
     assert results["queries"] == 6 and results["passages"] == 12 + 3
     modes = [row["mode"] for row in results["rows"]]
@@ -823,6 +1021,12 @@ def test_results_are_gathered_from_the_steps(tmp_path, monkeypatch):
     for name in ("RESULTS", "README", "FIGURE"):
         monkeypatch.setattr(run_all, name, tmp_path / getattr(run_all, name).name)
     monkeypatch.setattr(run_all, "RANDOM", str(tmp_path / "random.jsonl"))
+    for count in (1, 10, 50):
+        codes = [pair["pos_doc"] for pair in make_pairs(204)]
+        own = [{"query": f"q{i}", "pos": [code], "neg": (codes[i + 1 :] + codes[:i])[:count]}
+               for i, code in enumerate(codes)]  # fmt: skip
+        (tmp_path / "output" / "data" / f"random-{count}").mkdir(parents=True)
+        write_pairs(tmp_path / "output" / "data" / f"random-{count}" / "train.jsonl", own)
     write_pairs(tmp_path / "random.jsonl", [{"query": "a | b", "pos": ["p"], "neg": list("nmklj")}])
     pairs = make_pairs(9)
     monkeypatch.setattr(data, "tutorial_pairs", lambda: (pairs[3:], pairs[:3]))
@@ -843,6 +1047,8 @@ def test_results_are_gathered_from_the_steps(tmp_path, monkeypatch):
     assert "MiniLM, ready-made → dense (dense): MRR 0.667 → 0.833" in text
     assert "| query | `a \\| b` |" in text and "2 negatives more" in text
     assert "| 10 | 18 | 204 | 203 |" in text and "| 50 | 4 | 204 | 203 |" in text
+    assert "| 0 | 204 | 204 | 203 | 204 | 0.0 |" in text and 0 < results["batches"]["50"][1] < 4
+    assert 100 < results["batches"]["10"][0] < 198 and 0 < results["batches"]["10"][1] < 18
     assert results["search"]["query"] == "add 0 to a number" and "1.000 **right** `def add_0" in text
     assert run_all.FIGURE.stat().st_size > 10_000
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -139,6 +140,22 @@ def test_unified_with_self_distillation_sub_batches_and_frozen_positions(tmp_pat
     assert not torch.equal(old.word_embeddings.weight, new.word_embeddings.weight)
 
 
+def test_a_base_saved_in_bf16_is_trained_in_fp32(tmp_path, file, m3, capsys):
+    """Dense training of a base with BGE-M3's heads: its heads know other weights and do not come along."""
+    base, read = tmp_path / "base", {"dtype": torch.bfloat16}
+    shutil.copytree(m3, base)
+    AutoModel.from_pretrained(m3, **read).save_pretrained(base)
+    assert AutoModel.from_pretrained(base).dtype == torch.bfloat16  # what FlagEmbedding would train
+    found = train("base", base, file, tmp_path / "run", "--max_steps 2 --learning_rate 1e-6")
+    model = AutoModel.from_pretrained(tmp_path / "run" / "model")
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32} and found["updates"] == 2
+    old = AutoModel.from_pretrained(base, dtype=torch.float32).state_dict()
+    moved = [(weight - old[name]).abs().max().item() for name, weight in model.state_dict().items()]
+    assert 0 < max(moved) < 1e-5  # smaller than bf16 can hold beside a weight
+    assert not [name for name in HEAD_FILES if (tmp_path / "run" / "model" / name).exists()]
+    assert set(compare.encoder_of(tmp_path / "run" / "model", max_length=32)(["add 1"])) == {"dense"}
+
+
 def test_unified_with_a_teacher(tmp_path, file, m3, rows):
     more = """--train_group_size 4 --unified_finetuning True --knowledge_distillation True
         --kd_loss_type m3_kd_loss"""
@@ -179,6 +196,8 @@ def test_the_worked_example_of_the_readme(tmp_path, bert, monkeypatch, capsys):
     """From an own file to a comparison: each line as it stands there, with a small model."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(steps, "OUTPUT", tmp_path / "recipes" / "output")
+    for name in ("TRAIN", "VALIDATION"):  # as in a clone in which notebook 01 has not run
+        monkeypatch.setattr(data, name, tmp_path / "no such file.jsonl")
     own = [{"query": f"add {i} to a number", "pos_doc": f"def add_{i}(x): return x + {i}"} for i in range(84)]
     for name, part in (("my", own[:80]), ("held_out", own[80:])):
         write_pairs(tmp_path / f"{name}.jsonl", part)
