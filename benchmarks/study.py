@@ -129,14 +129,14 @@ def with_hard_negatives(rows, base, count, below=0.0):
 
     below: only codes with at most this share of the right code's score, of the first 60; 0: any.
     """
-    from recipes.data import hard_negatives  # only here: it brings faiss
+    from recipes.data import mined  # only here: it brings faiss
 
     options = {"window": (1, count), "margin": -2}
     if below:
         options = {"window": (1, 60), "margin": 0, "share": below, "hardest": True}
     with contextlib.redirect_stdout(io.StringIO()):  # its progress bars
-        mined, _ = hard_negatives(rows, enc.Encoder(base), count, **options)
-    return [{**pair, "neg": row["neg"]} for pair, row in zip(rows, mined, strict=True)]
+        found = list(mined(rows, enc.Encoder(base), count, **options))
+    return [{**pair, "neg": row["neg"]} for pair, (row, _) in zip(rows, found, strict=True)]
 
 
 def renamed_codes(rows):
