@@ -30,7 +30,7 @@ import memory_ladder
 import numpy as np
 import torch
 import transformers
-from study_report import ALPHAS, FILES, FOLDS, SEEDS, SIZES, SYNTHETIC, report
+from study_report import ALPHAS, FILES, FOLDS, SEEDS, SIZES, report
 
 from embedding_tutorial import encoder as enc
 from embedding_tutorial import evaluation, pairs, pocket_task, training
@@ -41,7 +41,6 @@ from embedding_tutorial.profiles import PROFILES, rewrites_path, training_precis
 from embedding_tutorial.words import whole_state
 
 BOTH = ("other_queries", "other_pos_docs")
-SYNTHETIC_PAIRS = common.ROOT / "data" / "synthetic_pairs.json"
 # What the questions are asked of: cheap enough to train often, and each row changes one thing of it.
 PLAIN = {"learning_rate": 5e-5, "temperature": 0.05, "epochs": 5, "batch_size": 80, "dropout": 0.0}
 TEN = {"epochs": 10}  # what was the default until five were seen to do as well
@@ -62,7 +61,6 @@ class Recipe:
     change: str = ""  # a function of memory_ladder.py: another optimizer, or LoRA
     rewrites: tuple = ()  # of BOTH: what of the rewrites training sees
     pairs: int = 0  # so many of the training pairs, drawn by the seed; 0: all
-    synthetic: int = 0  # so many pairs of data/synthetic_pairs.json more
 
 
 def plain(**changes):
@@ -98,9 +96,6 @@ RECIPES = {
     **{f"{count} pairs": Recipe(pairs=count) for count in SIZES},
     **{f"{count} pairs, rewrites": Recipe(pairs=count, rewrites=BOTH) for count in SIZES},
     "all pairs, rewrites": Recipe(rewrites=BOTH),
-    # As many updates as without them: what more pairs give, and not what more training gives.
-    **{f"{n} synthetic": Recipe(config={"epochs": e}, synthetic=n) for n, e in SYNTHETIC.items()},
-    "400 synthetic, 5 epochs": Recipe(synthetic=400),
     "faulty schedule": Recipe(config=common.ORIGINAL, leaking=True),
     # Their rates are their own: Adafactor's counts in a matrix's own size, and LoRA starts from zero.
     "Adafactor": Recipe(TEN | {"learning_rate": 4e-3}, change="with_adafactor"),
@@ -169,9 +164,6 @@ def training_pairs(recipe, rows, judged, data, base, seed=SEEDS[0]):
     if recipe.pairs:
         drawn = np.random.default_rng(seed).permutation(len(rows))[: recipe.pairs]
         rows = [rows[i] for i in drawn]
-    if recipe.synthetic:
-        more = pairs.read_mbpp(SYNTHETIC_PAIRS)[: recipe.synthetic]
-        rows = rows + [pair for pair in more if not own & {pair["query"], pair["pos_doc"]}]
     if recipe.extra:
         extra = renamed_codes(rows) if recipe.extra == "renamed" else pairs.read_mbpp(common.POCKET_PAIRS)
         rows = rows + [pair for pair in extra if not own & {pair["query"], pair["pos_doc"]}]
@@ -356,8 +348,6 @@ def settings_of(recipe, data):
     own |= dataclasses.asdict(config_of(recipe, 0, 10**6, "fp32"))
     if recipe.rewrites:
         own["rewrites_sha256"] = sha256_of(rewrites_of(data))[:16]
-    if recipe.synthetic:
-        own["synthetic_sha256"] = sha256_of(SYNTHETIC_PAIRS)[:16]
     return json.loads(json.dumps({key: value for key, value in own.items() if key not in unseen}))
 
 

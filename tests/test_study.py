@@ -216,16 +216,6 @@ def test_a_smaller_part_of_the_pairs_lies_within_a_larger_one():
     assert config.batch_size == 20 and config.epochs == 5
 
 
-def test_synthetic_pairs_leave_out_what_is_judged():
-    rows = [pair("own", "own code")]
-    more = study.pairs.read_mbpp(study.SYNTHETIC_PAIRS)
-    found = study.training_pairs(study.Recipe(synthetic=3), rows, [pair(more[1]["query"], "x")], None, None)
-    assert [row["query"] for row in found] == ["own", more[0]["query"], more[2]["query"]]
-    for count, epochs in sr.SYNTHETIC.items():  # about as many updates as the default's 25
-        config = study.config_of(study.RECIPES[f"{count} synthetic"], 42, 341 + count, "fp32")
-        assert config.epochs == epochs and 24 <= epochs * -(-(341 + count) // 80) <= 30
-
-
 def test_the_curves_are_drawn_where_their_rows_are_measured(tmp_path, monkeypatch):
     recipes = {"base": entry({"last": [4] * 10}), "default": entry({"last": [1] * 10, "halfway": [1] * 10})}
     assert sr.how_much_data(results(**recipes), tmp_path / "x.png") is None
@@ -320,6 +310,9 @@ def test_what_the_notebook_says_of_the_number_of_pairs():
     assert low[80] < 0 < low[160]
     for more, fewer in (("160 pairs", "80 pairs"), ("default", "160 pairs")):
         assert 0.015 < found.interval(f"{more} / halfway", f"{fewer} / halfway")[0] < 0.02
+    page = " ".join((ROOT / "data" / "README.md").read_text(encoding="utf-8").split())
+    for place, how in zip(sr.SYNTHETIC.values(), ("updates", "epochs"), strict=True):
+        assert sr.shown(found.interval(place, "default / halfway"), True) in page, how
 
 
 def test_no_costlier_recipe_stays_the_default():
