@@ -31,7 +31,7 @@ METRICS = ["recall@1", "mrr"]
 SIZES, ALL = (20, 40, 80, 160), 341  # of a fold's training pairs; all of them are the default
 TEN = "10 epochs, rate 2e-4"
 EPOCHS = {2: "2 epochs, rate 2e-4", 3: "3 epochs, rate 2e-4", 5: "default", 10: TEN}
-# 400 pairs that a language model wrote in MBPP's manner: measured, not ahead, gone from data/ since. To repeat:
+# 400 pairs that a language model wrote in MBPP's manner: not ahead, gone from data/ since. To repeat:
 # git checkout 2c7f8b7, then benchmarks/study.py --only "400 synthetic" "400 synthetic, 5 epochs".
 SYNTHETIC = {
     "400 synthetic pairs more, as many updates": "400 synthetic / halfway",
