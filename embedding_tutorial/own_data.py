@@ -104,9 +104,9 @@ def fitted(config, encoder, pairs):
 
 
 def padded_batch(encoder, pairs):
-    """Pairs in a padded batch of section 5 such that the longest text does not blow it up: 2 to 80."""
+    """Pairs in a padded batch of section 5 such that the longest text does not blow it up: 2 to 40."""
     counts, _ = token_counts(encoder.tokenizer, texts_of_pairs(pairs)[:4000])
-    return int(np.clip(WHOLE_GRAPH // min(counts.max(), encoder.max_length), 2, 80))
+    return int(np.clip(WHOLE_GRAPH // min(counts.max(), encoder.max_length), 2, 40))
 
 
 # ---------------------------------------------------------------- check
