@@ -313,8 +313,10 @@ def rewrites_path(source):
 
 
 def speed_of_cpu(layer, precision, seconds=0.5):
-    """GFLOP/s of this CPU in the product of 1,024 tokens with a layer (hidden, intermediate): the fastest, which
-    is what is left where a neighbour's work takes a core away for moments."""
+    """GFLOP/s of this CPU in the product of 1,024 tokens with a layer (hidden, intermediate).
+
+    Of the fastest one: a neighbour's work on the same core slows the others for moments.
+    """
     kind = torch.bfloat16 if precision == "bf16" else torch.float32
     x, weight = torch.ones(1024, layer[0], dtype=kind), torch.ones(layer[1], layer[0], dtype=kind)
     taken, end = [], time.perf_counter() + seconds
