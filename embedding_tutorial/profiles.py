@@ -90,7 +90,7 @@ PROFILES = {
         encode_precision="fp32", retrieval_length=512, shard_characters=50_000, learning_rate=2e-4,
         minutes="not measured by us on a GPU; about 5 min on 2 CPU cores",
         cpu_work=("for both notebooks", 60, 41, 5), layer=(384, 1536),
-        memory="not measured by us on a GPU", memory_cpu="about 2.5 GB of RAM",
+        memory="not measured by us on a GPU", memory_cpu="about 3 GB of RAM",
         gpu_gb=0.0, ram_gb=0.0, disk_gb=POCKET_DISK_GB),
 }
 
