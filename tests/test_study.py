@@ -142,9 +142,10 @@ def test_a_verdict_that_needs_the_other_seeds_is_named():
 def test_a_costlier_row_stays_only_if_it_is_ahead_on_both_data_sets():
     one, better = {"last": [2] * 10, "halfway": [2] * 10}, {"last": [1] * 10, "halfway": [1] * 10}
     alpha = "mean of runs, alpha 0.5"
+    ahead, level = ({sr.TEN: entry(one | {alpha: [rank] * 10})} for rank in (1, 2))
     studies = [
-        results("one", **{sr.TEN: entry(one | {alpha: [1] * 10})}, rewrites=entry(better | {alpha: [1] * 10})),
-        results("two", **{sr.TEN: entry(one | {alpha: [2] * 10})}, rewrites=entry(better)),
+        results("one", **ahead, rewrites=entry(better | {alpha: [1] * 10})),
+        results("two", **level, rewrites=entry(better)),
     ]
     rule = sr.default_rule(studies)
     assert [row["stays"] for row in rule.values()] == [False, True, None]
