@@ -74,7 +74,6 @@ def open_step(folder, settings, keep=()):
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     write_json(marker, settings)
-    return None
 
 
 def close_step(folder, found):
