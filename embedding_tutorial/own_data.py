@@ -23,15 +23,7 @@ from . import figures, profiles, reports, training
 from .encoder import Encoder, embed, save_model
 from .files import TutorialError, atomic_file, read_json, relative, require_disk, write_json
 from .finetune import TrainConfig, bootstrap_interval, evaluate, mix, sign_flip_test, split_pairs
-from .pairs import (
-    one_per_query,
-    own_pairs,
-    passages_of,
-    read_corpus,
-    read_pairs,
-    read_rows,
-    write_pairs,
-)
+from .pairs import one_per_query, own_pairs, passages_of, read_corpus, read_pairs, write_pairs
 
 HELD_OUT = 1_000  # queries, at most: enough to see a gain of 0.02 MRR
 WHOLE_GRAPH = 20_000  # tokens of a batch whose graph is kept whole: about 2 GB for MiniLM
@@ -209,12 +201,6 @@ def compare(before, after):
     return results
 
 
-def passages_in(corpus, passage=None):
-    """The texts of a corpus file, [] for None: of the column `passage` where it has one of that name."""
-    first = next((row for _, row in read_rows(corpus)), {}) if corpus else {}
-    return read_corpus(corpus, passage if passage in first else None)
-
-
 @dataclasses.dataclass
 class Task:
     """What a training on a reader's file needs: `task_of` makes it."""
@@ -249,7 +235,8 @@ def task_of(path, model="pocket", corpus=None, query=None, passage=None, device=
     train_pairs, held_out = split_pairs(everything, train_share=train_share(everything))
     secret = set(texts_of_pairs(held_out))
     further = [p for p in (read_pairs(more) if more else []) if not secret & {p["query"], p["pos_doc"]}]
-    held_out, candidates = one_per_query(held_out), passages_of(everything + passages_in(corpus, passage))
+    candidates = passages_of(everything + read_corpus(corpus, preferred=passage))
+    held_out = one_per_query(held_out)
     base, config = Encoder(folder).eval(), TrainConfig(**{**profile.config(device), **settings})
     return Task(folder, name, base, train_pairs + further, held_out, candidates, config, device)
 
@@ -387,7 +374,7 @@ filled in; it has to suit both.
 def evaluate_file(folder, path, corpus=None, query=None, passage=None, device=None):
     """{metric: (mean, low, high)} of a model folder on a file of pairs, and how many queries and passages."""
     pairs = one_per_query(read_pairs(path, query, passage))
-    candidates = passages_of(pairs + passages_in(corpus, passage))
+    candidates = passages_of(pairs + read_corpus(corpus, preferred=passage))
     run = Path(folder).with_name(Path(folder).name + "-run") / "train.jsonl"
     if run.is_file() and (seen := {p["query"] for p in read_pairs(run)} & {p["query"] for p in pairs}):
         print(f"{len(seen)} of {len(pairs)} queries were trained on; val.jsonl beside them was not.")

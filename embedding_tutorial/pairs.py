@@ -167,12 +167,15 @@ def own_pairs(path, query=None, passage=None):
     return kept
 
 
-def read_corpus(path, column=None):
-    """The different texts of a file of passages; [] for None. TutorialError on a bad row."""
-    texts, name = {}, None
+def read_corpus(path, column=None, preferred=None):
+    """The different texts of a file of passages; [] for None. TutorialError on a bad row.
+
+    column: has to be there. preferred: is taken where it is there.
+    """
+    texts, name, known = {}, None, (preferred, *TEXTS) if preferred else TEXTS
     for number, row in read_rows(path) if path else ():
         where = f"{relative(path)}, row {number}"
-        name = name or column_of(row, column, TEXTS, where, "passage")
+        name = name or column_of(row, column, known, where, "passage")
         texts |= dict.fromkeys(several(row, name, where, strict=False))
     if path and not texts:
         raise TutorialError(f"{relative(path)} holds no passages. Put one in each row.")

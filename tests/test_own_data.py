@@ -237,9 +237,10 @@ def test_from_a_file_to_a_search(call, faq, tiny_bert, tmp_path):
 def test_a_corpus_may_name_its_column_as_the_pairs_do_or_not(tmp_path):
     (tmp_path / "own.csv").write_text("Frage,Antwort\nwas,das\n")
     write_pairs(tmp_path / "other.jsonl", [{"text": "dies"}])
-    assert own_data.passages_in(tmp_path / "own.csv", "Antwort") == ["das"]
-    assert own_data.passages_in(tmp_path / "other.jsonl", "Antwort") == ["dies"]
-    assert own_data.passages_in(None, "Antwort") == []
+    assert read_corpus(tmp_path / "own.csv", preferred="Antwort") == ["das"]
+    assert read_corpus(tmp_path / "own.csv", preferred="antwort") == ["das"]  # as pairs are read
+    assert read_corpus(tmp_path / "other.jsonl", preferred="Antwort") == ["dies"]
+    assert read_corpus(None, preferred="Antwort") == []
 
 
 def test_settings_of_the_command_line_reach_the_run(call, faq, tiny_bert, tmp_path):
