@@ -30,7 +30,7 @@ import memory_ladder
 import numpy as np
 import torch
 import transformers
-from study_report import ALPHAS, FILES, FOLDS, SEEDS, SIZES, report
+from study_report import ALPHAS, FILES, FOLDS, SEEDS, SIZES, TEN_EPOCHS, report
 
 from embedding_tutorial import encoder as enc
 from embedding_tutorial import evaluation, pairs, pocket_task, training
@@ -70,7 +70,7 @@ def plain(**changes):
 RECIPES = {
     "base": plain(epochs=0),
     "default": Recipe(),
-    "10 epochs, rate 2e-4": Recipe(TEN, soup=True),
+    TEN_EPOCHS: Recipe(TEN, soup=True),
     "rewrites": Recipe(TEN, rewrites=BOTH, every_epoch=True, soup=True),
     "original": Recipe(config=common.ORIGINAL),
     **{name: Recipe(config=PLAIN, library=name) for name in ("sentence-transformers", "FlagEmbedding")},

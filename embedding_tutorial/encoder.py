@@ -311,8 +311,8 @@ def describe_pooling(folder, dims, pooling):
     write_json(folder / "modules.json", modules)
     write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": dims, **how})
     (folder / "2_Normalize").mkdir(exist_ok=True)
-    if not (folder / "sentence_bert_config.json").exists():
-        write_json(folder / "sentence_bert_config.json", {"max_seq_length": 512, "do_lower_case": False})
+    if not (folder / LENGTH_FILE).exists():
+        write_json(folder / LENGTH_FILE, {"max_seq_length": 512, "do_lower_case": False})
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
 from embedding_tutorial import assets
-from embedding_tutorial.encoder import Encoder, describe_pooling, read_pooling, weights_file
+from embedding_tutorial.encoder import LENGTH_FILE, Encoder, describe_pooling, read_pooling, weights_file
 from embedding_tutorial.files import ROOT, TutorialError, atomic_folder, read_json
 from embedding_tutorial.profiles import device_of_this_machine
 
@@ -89,7 +89,7 @@ def pocket_m3(folder, texts, base=None, seed=42):
     model.config.vocab_size, hidden = len(kept), model.config.hidden_size
     torch.manual_seed(seed)
     with atomic_folder(folder) as target:
-        for name in ("modules.json", "sentence_bert_config.json", "1_Pooling/config.json"):
+        for name in ("modules.json", LENGTH_FILE, "1_Pooling/config.json"):
             (target / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(base / name, target / name)
         model.save_pretrained(target)

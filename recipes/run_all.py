@@ -121,7 +121,7 @@ def negatives(results):
 
 
 def batch_of(count):
-    """`data.drawn_batches` of raw_bert.py's own file and batch."""
+    """`batches.drawn_batches` of raw_bert.py's own file and batch."""
     rows, group = data.read_rows(data.place("random", count=max(1, count))), count + 1
     return batches.drawn_batches([row for _, row in rows], raw_bert.PRESETS["pocket"][1] // group, group)
 

@@ -142,7 +142,7 @@ def test_a_verdict_that_needs_the_other_seeds_is_named():
 def test_a_costlier_row_stays_only_if_it_is_ahead_on_both_data_sets():
     one, better = {"last": [2] * 10, "halfway": [2] * 10}, {"last": [1] * 10, "halfway": [1] * 10}
     alpha = "mean of runs, alpha 0.5"
-    ahead, level = ({sr.TEN: entry(one | {alpha: [rank] * 10})} for rank in (1, 2))
+    ahead, level = ({sr.TEN_EPOCHS: entry(one | {alpha: [rank] * 10})} for rank in (1, 2))
     studies = [
         results("one", **ahead, rewrites=entry(better | {alpha: [1] * 10})),
         results("two", **level, rewrites=entry(better)),
