@@ -64,6 +64,7 @@ QUESTIONS = [
               "duplicates kept as negatives": "duplicates kept"}),
     Question("More signal?", "signal", {
         "the plain recipe": "plain", "2 hard negatives each": "hard negatives",
+        "2 of those with at most 0.95 of the right code's score": "hard negatives, margin",
         "427 pocket pairs more": "pocket pairs", "codes with renamed functions too": "renamed codes",
         "rate 2e-4, 10 epochs": TEN_EPOCHS, "2e-4, 10 epochs, rewritten queries": "rewritten queries",
         "2e-4, 10 epochs, rewritten codes": "rewritten codes", "2e-4, 10 epochs, both": "rewrites"}),

@@ -332,7 +332,7 @@ def table_of(results):
     for metric, row in results.items():
         cells = reports.interval(row["base"]), reports.interval(row["merged"])
         change = reports.interval(row["difference"], sign=True)
-        lines.append(f"| {metric} | {cells[0]} | {cells[1]} | {change} | {row['p']:.3f} |")
+        lines.append(f"| {metric} | {cells[0]} | {cells[1]} | {change} | {row['p']:.4f} |")
     return "\n".join(lines)
 
 
