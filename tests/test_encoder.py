@@ -247,6 +247,37 @@ def test_bf16_vectors_are_float32_and_close(tiny_bert, texts):
     torch.testing.assert_close(rough, exact, rtol=0, atol=0.05)
 
 
+@pytest.mark.parametrize("model", ["tiny_bert", "tiny_m3"])
+def test_bf16_on_a_cpu_sees_few_lengths_and_what_fills_a_row_is_not_read(model, texts, monkeypatch, request):
+    encoder = Encoder(request.getfixturevalue(model), 64)
+    rows, seen = encoder.tokenize(texts), []
+    encoder.backbone.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+
+    def vectors_and_gradients(precision):
+        encoder.zero_grad()
+        with autocast(encoder, precision):
+            vectors = encoder(rows)
+        (vectors * torch.linspace(-1, 1, vectors.numel()).view_as(vectors)).sum().backward()
+        return vectors.detach(), [x.grad.clone() for x in encoder.parameters() if x.grad is not None]
+
+    tokens = sum(map(len, rows))
+    encoder.bfloat16().float()  # weights that bf16 holds, so that they survive it below
+    vectors, gradients = vectors_and_gradients("fp32")
+    vectors_and_gradients("bf16")
+    encoder.bfloat16()(rows)
+    encoder.float()
+    filled = -(-tokens // 64) * 64
+    assert tokens < filled and seen == [tokens, filled, filled]
+
+    monkeypatch.setattr(Encoder, "fillers", lambda self, rows: [rows[-1][:1]] * 5)
+    others, their_gradients = vectors_and_gradients("fp32")
+    assert seen[-1] == tokens + 5 and len(others) == len(texts)
+    torch.testing.assert_close(others, vectors)
+    torch.testing.assert_close(their_gradients, gradients)
+
+
 # ---------------------------------------------------------------- out of memory, bad numbers
 
 
