@@ -33,16 +33,17 @@ LENGTH_FILE = "sentence_bert_config.json"  # where sentence-transformers cuts a 
 
 def tokenize(tokenizer, texts, max_length):
     """Token ids of each text, special tokens included, cut at `max_length`: a list of lists."""
-    if not texts:
-        return []
-    return tokenizer(
-        list(texts),
-        truncation=True,
-        max_length=max_length,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )["input_ids"]
+    texts, rows = list(texts), []
+    for start in range(0, len(texts), 1024):  # the tokenizer keeps 100 bytes a token until its call is over
+        rows += tokenizer(
+            texts[start : start + 1024],
+            truncation=True,
+            max_length=max_length,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+    return rows
 
 
 def group_by_length(lengths, token_budget):

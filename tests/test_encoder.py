@@ -49,6 +49,7 @@ def test_tokenize_equals_the_tokenizer_one_text_at_a_time(tiny_m3, texts):
     assert rows == [tokenizer(text, truncation=True, max_length=20)["input_ids"] for text in texts]
     assert max(map(len, rows)) == 20 and all(row[0] == 0 and row[-1] == 2 for row in rows)
     assert tokenize(tokenizer, [], 20) == []
+    assert tokenize(tokenizer, texts * 60, 20) == rows * 60, "more texts than go to the tokenizer at once"
 
 
 def test_groups_hold_each_text_once_shortest_first_and_within_the_budget():
