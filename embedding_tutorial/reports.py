@@ -222,10 +222,12 @@ def bill(rows, path, task):
 
 
 def below(tables, name):
-    """Of a model's scores, how many lie below those of the first model: "3 of 20"."""
+    """Of a model's scores, how many lie below the first model's: "3 of 20 scores, by 0.012 at most"."""
     first = next(iter(tables.values()))
-    pairs = [(tables[name][m][k], score) for m, cuts in first.items() for k, score in cuts.items()]
-    return f"{sum(round(own, 3) < round(base, 3) for own, base in pairs)} of {len(pairs)}"
+    own = tables[name]
+    drops = [round(base, 3) - round(own[m][k], 3) for m, cuts in first.items() for k, base in cuts.items()]
+    worst = f", by {max(drops):.3f} at most" if max(drops) > 0 else ""
+    return f"{sum(drop > 0 for drop in drops)} of {len(drops)} scores{worst}"
 
 
 def encoding_table(path):

@@ -87,3 +87,10 @@ def test_flat_vectors_share_one_set_of_axes(tiny_bert, pairs):
     np.testing.assert_allclose(found["base"], found["same"], atol=1e-6)
     centre = np.concatenate([np.concatenate(parts) for parts in found.values()]).mean(axis=0)
     np.testing.assert_allclose(centre, 0, atol=1e-6)
+
+
+def test_below_counts_the_scores_that_fell_and_names_the_worst():
+    scores = {"base": (0.5, 0.8), "a": (0.49, 0.7), "b": (0.5, 0.8001)}
+    tables = {name: {"ndcg": {"@1": one, "@10": ten}} for name, (one, ten) in scores.items()}
+    assert reports.below(tables, "a") == "2 of 2 scores, by 0.100 at most"
+    assert reports.below(tables, "b") == "0 of 2 scores"
