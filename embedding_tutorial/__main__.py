@@ -53,12 +53,13 @@ def main():
 @main.command()
 @click.argument("file")
 @click.option("--model", default="pocket", show_default=True, metavar="DIR|pocket|bge-m3")
+@device
 @columns
-def check(file, model, query, passage):
+def check(file, model, device, query, passage):
     """Say what is in FILE: doubles, lengths, languages, likely false negatives."""
     from . import own_data
 
-    click.echo(own_data.check(file, model, query, passage, progress=True))
+    click.echo(own_data.check(file, model, query, passage, True, device_named(device)))
 
 
 @main.command()
@@ -69,19 +70,22 @@ def check(file, model, query, passage):
     "--runs", default=1, show_default=True, type=click.IntRange(1), help="The mean of so many runs."
 )
 @click.option("--epochs", type=click.IntRange(1), help="Default: the recipe's 5.")
-@click.option("--learning-rate", type=float, help="Default: 2e-4 for pocket, 2e-5 for bge-m3.")
+@click.option(
+    "--learning-rate", type=click.FloatRange(0, min_open=True), help="2e-4 for pocket, 2e-5 for bge-m3."
+)
+@click.option("--max-length", type=click.IntRange(8), help="Tokens that are read of a text. Default: 512.")
 @click.option("--checkpointing", is_flag=True, help="Less memory, more time.")
 @click.option("--more", metavar="FILE", help="Further pairs, for training alone (see `answers`).")
 @click.option("--curve", is_flag=True, help="Train on 20, 40, 80, … pairs, three times each, instead.")
 @corpus
 @device
 @columns
-def train(file, out, model, runs, epochs, learning_rate, checkpointing, curve, device, **options):
+def train(file, out, model, runs, epochs, learning_rate, max_length, checkpointing, curve, device, **options):
     """Train on FILE with the tutorial's recipe; killed, it goes on from the last epoch."""
     from . import own_data, reports
 
-    given = {"epochs": epochs, "learning_rate": learning_rate, "checkpointing": checkpointing}
-    options |= {name: value for name, value in given.items() if value}
+    given = {"epochs": epochs, "learning_rate": learning_rate, "max_length": max_length}
+    options |= {name: value for name, value in given.items() if value} | {"checkpointing": checkpointing}
     options["device"] = device_named(device)
     if curve:
         for size, score in own_data.curve(file, out, model, **options).items():
@@ -168,8 +172,6 @@ def export(folder, onnx, int8, out):
     """Write the model in DIR for ONNX Runtime."""
     from .onnx_export import export_onnx
 
-    if not onnx:
-        raise click.UsageError("Name the format: --onnx.")
     out = Path(out) if out else Path(folder).with_name(Path(folder).name + "-onnx")
     export_onnx(Path(folder), out, int8=int8)
     click.echo(f"ONNX model: {out}")
@@ -178,13 +180,15 @@ def export(folder, onnx, int8, out):
 @main.command()
 @click.option("--pairs", metavar="FILE", help="Your own pairs instead of the tutorial's.")
 @corpus
-def run(pairs, corpus):
+@columns
+def run(pairs, corpus, query, passage):
     """Run both notebooks from top to bottom, in place."""
     from . import run_notebooks
 
-    for name, file in (("TUTORIAL_PAIRS", pairs), ("TUTORIAL_CORPUS", corpus)):
-        if file:
-            os.environ[name] = str(Path(file).absolute())
+    given = {"PAIRS": pairs and Path(pairs).absolute(), "CORPUS": corpus and Path(corpus).absolute()}
+    for name, value in (given | {"QUERY": query, "PASSAGE": passage}).items():
+        if value:
+            os.environ[f"TUTORIAL_{name}"] = str(value)
     run_notebooks.main(run_notebooks.NOTEBOOKS)
 
 

@@ -189,6 +189,7 @@ class Encoder(torch.nn.Module):
     def __init__(self, folder, max_length=512, dropout=0.0):
         super().__init__()
         self.folder, self.max_length, self.pooling = Path(folder), max_length, read_pooling(folder)
+        require_no_other_steps(folder)
         weights_file(folder)
         with damage_named(folder):
             config = AutoConfig.from_pretrained(self.folder)
@@ -312,6 +313,17 @@ def read_pooling(folder):
     raise TutorialError(
         f"{relative(path)} asks for neither CLS nor mean pooling: {config}. Use a model with one of them."
     )
+
+
+def require_no_other_steps(folder):
+    """Raise TutorialError where `modules.json` names a step that Encoder does not take, as LaBSE's Dense."""
+    path = Path(folder) / "modules.json"
+    kinds = [str(part.get("type")).rsplit(".", 1)[-1] for part in read_json(path)] if path.is_file() else []
+    if others := set(kinds) - {"Transformer", "Pooling", "Normalize"}:
+        raise TutorialError(
+            f"{relative(path)} asks for {', '.join(sorted(others))}, which is not made here, so the vectors "
+            "would be others. Use a model without it."
+        )
 
 
 def describe_pooling(folder, dims, pooling):

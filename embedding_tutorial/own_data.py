@@ -23,10 +23,21 @@ from . import figures, profiles, reports, training
 from .encoder import Encoder, embed, save_model
 from .files import TutorialError, atomic_file, read_json, relative, require_disk, write_json
 from .finetune import TrainConfig, bootstrap_interval, evaluate, mix, sign_flip_test, split_pairs
-from .pairs import one_per_query, own_pairs, passages_of, read_corpus, read_pairs, write_pairs
+from .pairs import (
+    columns_of,
+    one_per_query,
+    own_pairs,
+    passages_of,
+    read_corpus,
+    read_pairs,
+    tidied,
+    write_pairs,
+)
+from .rows import read_rows
 
 HELD_OUT = 1_000  # queries, at most: enough to see a gain of 0.02 MRR
 WHOLE_GRAPH = 20_000  # tokens of a batch whose graph is kept whole: about 2 GB for MiniLM
+ENOUGH = 160  # pairs: with fewer the study shows no clear gain
 SAMPLE = 2_000  # pairs that `check` compares with each other
 SMALLEST_CURVE, SEEDS = 20, (42, 43, 44)  # of a learning curve: its fewest pairs, doubled; its runs
 ALPHA = 0.5  # of the way from base to fine-tuned: notebook 01, section 8
@@ -113,9 +124,9 @@ def script_of(text):
 def near_doubles(encoder, pairs, progress=False):
     """[(cosine, query, other query, kind)] of pairs that may answer each other, the closest first.
 
-    Queries or passages of two pairs, without an equal text, with a cosine of 0.95 and more.
+    Each two once: their queries or passages, without an equal text, with a cosine of 0.95 and more.
     """
-    found = []
+    found = {}
     for side in ("query", "pos_doc"):
         owner = {pair[side]: pair["query"] for pair in reversed(pairs)}
         texts = list(owner)
@@ -123,25 +134,33 @@ def near_doubles(encoder, pairs, progress=False):
             vectors = embed(encoder, texts, progress=progress).cpu()
         close = torch.triu(vectors @ vectors.T, diagonal=1)
         for i, j in (close >= 0.95).nonzero().tolist():
-            if owner[texts[i]] != owner[texts[j]]:
+            both = tuple(sorted((owner[texts[i]], owner[texts[j]])))
+            if both[0] != both[1]:
                 kind = "queries" if side == "query" else "passages"
-                found.append((close[i, j].item(), owner[texts[i]], owner[texts[j]], kind))
-    return sorted(found, reverse=True)
+                found[both] = max(found.get(both, (0,)), (close[i, j].item(), *both, kind))
+    return sorted(found.values(), reverse=True)
+
+
+def one_line(text):
+    return reports.shortened("".join(c for c in " ".join(text.split()) if c.isprintable()), 50)
 
 
 def repeated(counts):
     return sum(count > 1 for count in counts.values())
 
 
-def check(path, model="pocket", query=None, passage=None, progress=False):
-    """What is in a file of pairs, as text: rows, doubles, lengths, languages, likely false negatives."""
-    rows, (folder, _, _) = read_pairs(path, query, passage), base_model(model)
+def check(path, model="pocket", query=None, passage=None, progress=False, device=None):
+    """What is in a file of pairs, as text: columns, doubles, lengths, languages, likely false negatives."""
+    rows, first = read_pairs(path, query, passage), next(read_rows(path))[1]
+    columns = columns_of(first, query, passage, relative(path))
+    others = ", ".join(str(name) for name in first if name not in columns)
     different = {(pair["query"], pair["pos_doc"]): pair for pair in rows}.values()
     queries, passages = Counter(p["query"] for p in different), Counter(p["pos_doc"] for p in different)
-    encoder, texts = Encoder(folder).eval(), texts_of_pairs(rows)
+    encoder, texts = opened(model, device), texts_of_pairs(rows)
     counts, unknown = token_counts(encoder.tokenizer, texts, progress)
-    scripts, cut = Counter(map(script_of, texts)).most_common(4), int((counts > encoder.max_length).sum())
+    scripts, cut = Counter(map(script_of, texts)), int((counts > encoder.max_length).sum())
     lines = [
+        f"columns: {' → '.join(columns)}" + (f"; beside them: {others}" if others else ""),
         f"pairs: {len(rows):,}, of them {len(rows) - len(different)} twice; with hard negatives: "
         f"{sum(bool(pair.get('neg')) for pair in rows):,}",
         f"queries: {len(queries):,} different, {repeated(queries):,} with several passages",
@@ -149,20 +168,26 @@ def check(path, model="pocket", query=None, passage=None, progress=False):
         "(equal texts are never each other's negatives)",
         f"tokens of a text: {np.median(counts):.0f} in the middle, {counts.max():,} the longest; "
         f"{cut} longer than {encoder.max_length} are cut there",
-        "scripts: " + ", ".join(f"{name} {count / len(texts):.0%}" for name, count in scripts),
+        "scripts: " + ", ".join(f"{name} {count / len(texts):.0%}" for name, count in scripts.most_common(4)),
         f"pieces that {model} does not know: {unknown.sum() / counts.sum():.1%}",
     ]
-    if unknown.sum() > 0.05 * counts.sum() or (model == "pocket" and dict(scripts).get("CJK")):
+    if model == "pocket" and scripts["LATIN"] + scripts["no letters"] < 0.95 * len(texts):
         lines.append("  The pocket model has learned from English alone: for other languages take bge-m3.")
-    sample = list(different)[:SAMPLE]
+    elif unknown.sum() > 0.05 * counts.sum():
+        lines.append("  What a model does not know it can't tell apart: take another one.")
+    sample = random.Random(0).sample(list(different), min(SAMPLE, len(different)))
     found = near_doubles(encoder, sample, progress)
     lines.append(f"likely false negatives: {len(found)} near doubles among {len(sample):,} pairs compared")
     for cosine, one, other, kind in found[:5]:
-        lines.append(
-            f"  {cosine:.2f} {kind} of: {reports.shortened(one, 50)} | {reports.shortened(other, 50)}"
-        )
-    if len(different) < 100:
-        lines.append("Fewer than 100 pairs: a gain will hardly show. Add pairs.")
+        lines.append(f"  {cosine:.2f} {kind} of: {one_line(one)} | {one_line(other)}")
+    if same := sum(pair["query"] == pair["pos_doc"] for pair in different):
+        lines.append(f"{same} pairs have equal texts on both sides, which teach nothing. Remove them.")
+    if len(different) < ENOUGH:
+        lines.append(f"Fewer than {ENOUGH} pairs: with so few no gain was clear in our study. Add pairs.")
+    try:
+        split_pairs(tidied(rows, relative(path)), train_share=0.8)
+    except TutorialError as error:
+        lines.append(f"`train` will refuse this file. {error}")
     return "\n".join(lines)
 
 
@@ -183,12 +208,19 @@ def base_model(model):
     return Path(model), profiles.PROFILES["full" if large else "pocket"], relative(model)
 
 
-def require_own_folder(out):
-    """Raise TutorialError where `out` is a folder of something else than a model: it would be replaced."""
+def opened(model, device=None):
+    """The Encoder of "pocket", "bge-m3", or a model's folder, ready to embed."""
+    return Encoder(base_model(str(model))[0]).to(device or profiles.device_of_this_machine()).eval()
+
+
+def require_own_folder(out, base):
+    """Raise TutorialError where `out`, which gets replaced, is the base, or no model that `train` left."""
     out = Path(out)
-    ours = (out / "model.safetensors").is_file() and (out / "1_Pooling").is_dir()
+    ours = (out / "model.safetensors").is_file() and out.with_name(out.name + "-run").is_dir()
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not ours):
-        raise TutorialError(f"{relative(out)} exists and is no model. Name a new folder with --out.")
+        raise TutorialError(f"{relative(out)} exists and is no model of `train`. Name another with --out.")
+    if out.resolve() == Path(base).resolve():
+        raise TutorialError(f"{relative(out)} is the base itself. Name a new folder with --out.")
 
 
 def compare(before, after):
@@ -237,7 +269,8 @@ def task_of(path, model="pocket", corpus=None, query=None, passage=None, device=
     further = [p for p in (read_pairs(more) if more else []) if not secret & {p["query"], p["pos_doc"]}]
     candidates = passages_of(everything + read_corpus(corpus, preferred=passage))
     held_out = one_per_query(held_out)
-    base, config = Encoder(folder).eval(), TrainConfig(**{**profile.config(device), **settings})
+    config = TrainConfig(**{**profile.config(device), **settings})
+    base = Encoder(folder, config.max_length).eval()
     return Task(folder, name, base, train_pairs + further, held_out, candidates, config, device)
 
 
@@ -248,7 +281,7 @@ def train(path, out, model="pocket", runs=1, **options):
     on from there.
     runs: the mean of so many runs. options: of `task_of`. Returns what `compare` does.
     """
-    require_own_folder(out)
+    require_own_folder(out, base_model(model)[0])
     task, out = task_of(path, model, **options), Path(out)
     run, size = out.with_name(out.name + "-run"), sum(w.numel() for w in task.base.parameters())
     require_disk(out.parent, size * 4e-9, "the merged model")
@@ -378,7 +411,7 @@ def evaluate_file(folder, path, corpus=None, query=None, passage=None, device=No
     run = Path(folder).with_name(Path(folder).name + "-run") / "train.jsonl"
     if run.is_file() and (seen := {p["query"] for p in read_pairs(run)} & {p["query"] for p in pairs}):
         print(f"{len(seen)} of {len(pairs)} queries were trained on; val.jsonl beside them was not.")
-    encoder = Encoder(folder).to(device or profiles.device_of_this_machine()).eval()
+    encoder = opened(folder, device)
     ranks = evaluate(encoder, pairs, candidates, progress=True)["ranks"]
     scores = {"Recall@1": ranks == 1, "MRR": 1 / ranks}
     return {name: bootstrap_interval(v) for name, v in scores.items()}, len(pairs), len(candidates)
@@ -389,7 +422,7 @@ class Search:
 
     def __init__(self, folder, path, column=None, device=None):
         self.passages = read_corpus(path, column)
-        self.encoder = Encoder(folder).to(device or profiles.device_of_this_machine()).eval()
+        self.encoder = opened(folder, device)
         with torch.no_grad():
             self.vectors = embed(self.encoder, self.passages, progress=True).cpu()
 

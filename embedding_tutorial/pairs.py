@@ -5,6 +5,7 @@ A pair is a dict: "query", "pos_doc", optional lists "neg" (hard negatives), "ot
 """
 
 import json
+import os
 import reprlib
 from collections import Counter
 
@@ -17,7 +18,7 @@ QUERIES = ("query", "question", "anchor", "prompt", "instruction", "问题", "�
 PASSAGES = ("pos_doc", "pos", "positive", "positives", "passage", "answer", "answers", "code", "document")
 PASSAGES += ("doc", "response", "output", "context", "答案", "回答", "段落")
 NEGATIVES = ("neg", "negative", "negatives", "hard_negatives")
-TEXTS = ("text", "content", "contents", *PASSAGES)  # the column of a corpus
+TEXTS = (*PASSAGES, "text", "content", "contents")  # of a corpus; beside a "code", a "text" is a query
 SMALLEST = 10  # pairs: with fewer there is nothing to hold out
 
 
@@ -49,7 +50,7 @@ def field_of(row, names, where):
 
 def texts_of(row, name, where):
     """The row's optional list of texts `name`, [] where it is absent; TutorialError where it is no list."""
-    texts = row.get(name, [])
+    texts = [] if row.get(name) is None else row[name]
     if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
         raise TutorialError(f"{where}: {name!r} must be a list of texts. Correct or remove it.")
     for text in texts:
@@ -80,13 +81,18 @@ def read_mbpp(path):
 # ---------------------------------------------------------------- pairs of one's own
 
 
+def there(row, names):
+    """The first of `names` that the row has, as the row spells it, or None."""
+    plain = {str(name).strip().casefold(): name for name in reversed(row)}
+    found = (name if name in row else plain.get(name.casefold()) for name in names)
+    return next((name for name in found if name is not None), None)
+
+
 def column_of(row, wanted, known, where, role):
     """The row's column for `role`: the one asked for, or the first known name; TutorialError otherwise."""
-    plain = {str(name).strip().casefold(): name for name in reversed(row)}
     names = (wanted,) if wanted else known
-    for name in names:
-        if name in row or name.casefold() in plain:
-            return name if name in row else plain[name.casefold()]
+    if (name := there(row, names)) is not None:
+        return name
     found = ", ".join(reprlib.repr(str(name)) for name in list(row)[:12]) or "none"
     raise TutorialError(
         f"{where}: no field {names[0]!r}; the columns found are {found}. Rename one to {known[0]!r}, "
@@ -102,11 +108,20 @@ def several(row, name, where, strict):
     return [] if value in (None, "") else [field_of(row, (name,), where)]
 
 
+def columns_of(row, query, passage, where):
+    """The names of a row's two columns, those asked for or known ones; TutorialError otherwise."""
+    first = column_of(row, query, QUERIES, where, "query")
+    second = column_of(row, passage, PASSAGES, where, "passage")
+    if first == second:
+        raise TutorialError(f"{where}: {first!r} can't be query and passage. Name another with --passage.")
+    return first, second
+
+
 def pairs_of_row(row, columns, where):
     """The pairs of one row: as many as it has positives."""
-    query, passage, negative = columns
+    query, passage = columns
     shared = {"query": field_of(row, (query,), where)}
-    if negative is not None and negative in row:
+    if (negative := there(row, NEGATIVES)) is not None:
         shared["neg"] = several(row, negative, where, strict=negative == "neg")
     for name in ("other_queries", "other_pos_docs"):
         if name in row:
@@ -132,21 +147,28 @@ def read_pairs(path, query=None, passage=None):
     for number, row in read_rows(path):
         where = f"{name}, row {number}"
         if columns is None:
-            first = column_of(row, query, QUERIES, where, "query")
-            second = column_of(row, passage, PASSAGES, where, "passage")
-            columns = first, second, next((name for name in NEGATIVES if name in row), "neg")
+            columns = columns_of(row, query, passage, where)
         pairs += pairs_of_row(row, columns, where)
     if not pairs:
-        raise TutorialError(f"{relative(path)} holds no rows. Run the cell that splits the data again.")
+        raise TutorialError(f"{relative(path)} holds no rows. Put the pairs there again.")
     return pairs
 
 
 def own_pairs(path, query=None, passage=None):
-    """`read_pairs` of a reader's own file, tidied: doubles go, and negatives that are right answers.
+    """`read_pairs` of a reader's own file, tidied.
+
+    The columns, where not given, are TUTORIAL_QUERY and TUTORIAL_PASSAGE, which `run` sets for the notebooks.
+    """
+    query, passage = query or os.environ.get("TUTORIAL_QUERY"), passage or os.environ.get("TUTORIAL_PASSAGE")
+    return tidied(read_pairs(path, query, passage), relative(path))
+
+
+def tidied(rows, name):
+    """Pairs of the file `name` without doubles, and without negatives that are right answers.
 
     Says in a sentence what it left out. TutorialError where too few are left to train on.
     """
-    rows, pairs, right = read_pairs(path, query, passage), {}, {}
+    pairs, right = {}, {}
     for row in rows:
         right.setdefault(row["query"], set()).add(row["pos_doc"])
         pairs.setdefault((row["query"], row["pos_doc"]), row)
@@ -161,8 +183,8 @@ def own_pairs(path, query=None, passage=None):
         print(f"{false} negatives are right answers of the same query: left out.")
     if len(kept) < SMALLEST:
         raise TutorialError(
-            f"{relative(path)} holds {len(kept)} different pair{'s' * (len(kept) > 1)}; {SMALLEST} are the "
-            "least that can be split into training and validation, and 100 begin to teach. Add pairs."
+            f"{name} holds {len(kept)} different pair{'s' * (len(kept) > 1)}; {SMALLEST} are the "
+            "least that can be split, and with fewer than 160 our study shows no clear gain. Add pairs."
         )
     return kept
 

@@ -75,7 +75,7 @@ PAIRS = {
     "pos_doc NaN": (b'{"query": "ask", "pos_doc": NaN}\n', "row 1"),
     "no pos_doc": (lines(PAIR, {"query": "x"}), "row 2"),
     "other names": (lines({"one": "x", "other": "y"}), "row 1"),
-    "neg null": (with_field("neg", None), "row 2"),
+    "neg null": (with_field("neg", None), 2),
     "neg a text": (with_field("neg", "x"), "row 2"),
     "neg with a number": (with_field("neg", ["x", 1]), "row 2"),
     "neg with an empty text": (with_field("neg", [""]), "row 2"),

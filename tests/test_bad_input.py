@@ -98,7 +98,7 @@ def test_a_bad_mbpp_file(case, tmp_path, refused):
 
 PAIRS = {
     "missing": (None, "does not exist", "run the cell that writes it"),
-    "empty": (b"", "holds no rows", "Run the cell that splits the data again"),
+    "empty": (b"", "holds no rows", "Put the pairs there again"),
     "no JSON": (lines(PAIR, b"{query: ask}"), "row 2", "no valid JSON", "Correct or remove it"),
     "cut short": (lines(PAIR, PAIR)[:-9], "row 2", "no valid JSON"),
     "no JSON after an empty line": (lines(PAIR, b"", b"x"), "row 3", "no valid JSON"),
@@ -117,7 +117,6 @@ PAIRS = {
     ),
     "neg with a number": (lines({**PAIR, "neg": [1]}), "row 1", "'neg' must be a list of texts"),
     "neg a text": (lines({**PAIR, "neg": "text"}), "row 1", "'neg' must be a list of texts"),
-    "neg null": (lines(PAIR, {**PAIR, "neg": None}), "row 2", "'neg' must be a list of texts"),
     "latin-1": (lines(PAIR) + '{"query": "für"}\n'.encode("latin-1"), "not UTF-8", "Save it as UTF-8"),
 }
 

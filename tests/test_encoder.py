@@ -161,6 +161,15 @@ def test_pooling_is_read_from_the_model(tiny_bert, tiny_m3, tmp_path):
         read_pooling(tmp_path / "max")
 
 
+def test_a_model_with_a_step_of_its_own_after_the_pooling_is_refused(tiny_bert, tmp_path):
+    folder = shutil.copytree(tiny_bert, tmp_path / "labse")
+    parts = ("models.Transformer", "models.Pooling", "models.Dense", "base.modules.normalize.Normalize")
+    write_json(folder / "modules.json", [{"type": f"sentence_transformers.{part}"} for part in parts])
+    with pytest.raises(TutorialError, match="labse/modules.json asks for Dense"):
+        Encoder(folder)
+
+
+
 # ---------------------------------------------------------------- the encoder
 
 

@@ -54,6 +54,7 @@ def test_every_format_gives_the_same_pairs(tmp_path):
         ({"问题": "q", " 答案": "p"}, [as_pair("q", "p")]),
         ({"task_id": 3, "prompt": "q", "code": "p"}, [as_pair("q", "p")]),
         ({"task_id": 3, "text": "q", "code": "p"}, [as_pair("q", "p")]),
+        ({"query": "q", "passage": "p", "neg": None}, [as_pair("q", "p", neg=[])]),
     ],
 )
 def test_names_that_others_give(tmp_path, row, expected):
@@ -69,6 +70,19 @@ def test_columns_can_be_named(tmp_path):
     ):
         read_pairs(tmp_path / "x.csv")
     assert read_corpus(tmp_path / "x.csv", "antwort") == ["a"] and read_corpus(None) == []
+    with pytest.raises(TutorialError, match="'antwort' can't be query and passage"):
+        read_pairs(tmp_path / "x.csv", "antwort", "antwort")
+
+
+def test_a_search_in_pairs_reads_what_the_pairs_answer_with(tmp_path):
+    (tmp_path / "x.csv").write_text("text,code\nq,c\n")
+    assert read_pairs(tmp_path / "x.csv") == [as_pair("q", "c")] and read_corpus(tmp_path / "x.csv") == ["c"]
+
+
+def test_hard_negatives_are_found_in_every_row_by_any_of_their_names(tmp_path):
+    rows = [{"query": "q", "passage": "p"}, {"query": "r", "passage": "s", "Negative": "n"}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_pairs(tmp_path / "x.jsonl") == [as_pair("q", "p"), as_pair("r", "s", neg=["n"])]
 
 
 # ---------------------------------------------------------------- faults
@@ -196,6 +210,21 @@ def test_check(call, faq, tiny_bert):
     said = call("check", faq, "--model", tiny_bert)
     assert "pairs: 30, of them 0 twice" in said and "22 different, 8 with several passages" in said
     assert "likely false negatives" in said and "LATIN" in said
+    assert "columns: question → answer\n" in said and "refuse" not in said
+    assert "Fewer than 160 pairs" in said and "take bge-m3" not in said
+
+
+def test_check_says_what_training_would_not_like(faq, minilm, tmp_path):
+    rows = [{"Question": f"вопрос {i}", "answer": "ответ", "id": i} for i in range(11)]
+    rows.append({"Question": "ответ", "answer": "ответ", "id": 11})
+    pd.DataFrame(rows).to_csv(tmp_path / "x.csv", index=False)
+    said = own_data.check(tmp_path / "x.csv", device="cpu")
+    assert said.startswith("columns: Question → answer; beside them: id\n")
+    assert "1 pairs have equal texts on both sides" in said and "`train` will refuse this file" in said
+    assert "English alone" in said and "English alone" not in own_data.check(faq, device="cpu")
+    close = [as_pair(f"Sort a list of numbers{end}", f"Call sorted on the list{end}") for end in ".!"]
+    found = own_data.near_doubles(Encoder(minilm).eval(), close)
+    assert len(found) == 1, "the queries are close and the passages too: one pair of pairs"
 
 
 def test_from_a_file_to_a_search(call, faq, tiny_bert, tmp_path):
@@ -244,10 +273,15 @@ def test_a_corpus_may_name_its_column_as_the_pairs_do_or_not(tmp_path):
 
 
 def test_settings_of_the_command_line_reach_the_run(call, faq, tiny_bert, tmp_path):
-    more = ("--epochs", 1, "--learning-rate", 3e-4, "--checkpointing", "--device", "cpu")
+    more = ("--epochs", 1, "--learning-rate", 3e-4, "--checkpointing", "--max-length", 16, "--device", "cpu")
     call("train", faq, "--model", tiny_bert, "--out", tmp_path / "m", *more)
     config = json.loads((tmp_path / "m-run" / "config.json").read_text())
     assert (config["epochs"], config["learning_rate"], config["checkpointing"]) == (1, 3e-4, True)
+    assert config["max_length"] == 16
+    assert own_data.task_of(faq, tiny_bert, max_length=16).base.max_length == 16, "judged as it is trained"
+    call("train", faq, "--model", tiny_bert, "--out", tmp_path / "m", "--learning-rate", 0, code=2)
+    base = ("--model", tmp_path / "m", "--out", tmp_path / "m", "--device", "cpu")
+    assert "is the base itself" in CliRunner().invoke(main, ["train", str(faq), *map(str, base)]).stderr
 
 
 def test_further_pairs_are_trained_on_and_never_judged(faq, tiny_bert, tmp_path):
@@ -284,7 +318,8 @@ def test_what_goes_wrong_is_one_line_on_stderr(faq, tmp_path, tiny_bert):
         (["check", tmp_path / "absent.csv"], "does not exist"),
         (["train", faq, "--model", tmp_path, "--out", tmp_path / "m"], "is no model folder"),
         (["train", faq, "--model", tiny_bert, "--out", tmp_path / "papers"], "exists and is no model"),
-        (["evaluate", tmp_path, faq, "--device", "cpu"], "1_Pooling"),
+        (["evaluate", tmp_path, faq, "--device", "cpu"], "is no model folder"),
+        (["train", faq, "--model", tiny_bert, "--out", tiny_bert], "exists and is no model"),
     ):
         result = CliRunner().invoke(main, list(map(str, arguments)))
         assert result.exit_code == 1 and message in result.stderr
@@ -301,9 +336,12 @@ def test_export_and_run_hand_on_what_they_are_told(call, monkeypatch, tmp_path):
     call("export", tmp_path / "m", code=2)
     from embedding_tutorial import run_notebooks
 
-    monkeypatch.setenv("TUTORIAL_PAIRS", "")
+    for name in ("PAIRS", "QUERY", "PASSAGE"):  # put back after the test
+        monkeypatch.setenv(f"TUTORIAL_{name}", "")
     monkeypatch.setattr(run_notebooks, "main", seen.append)
-    call("run", "--pairs", tmp_path / "x.csv")
+    call("run", "--pairs", tmp_path / "x.csv", "--query", "Frage", "--passage", "Antwort")
+    (tmp_path / "x.csv").write_text("Frage,Antwort\n" + "".join(f"q{i},a{i}\n" for i in range(10)))
+    assert len(own_pairs(tmp_path / "x.csv")) == 10
     assert seen == [("m", "m-onnx", True), run_notebooks.NOTEBOOKS]
     assert own_data.chosen_files() == (tmp_path / "x.csv", None)
     assert own_data.chosen_files("mine.jsonl")[0].name == "mine.jsonl"
