@@ -171,8 +171,9 @@ def search(folder, file, query, top, passage, device):
 def export(folder, onnx, int8, out):
     """Write the model in DIR for ONNX Runtime."""
     from .onnx_export import export_onnx
+    from .own_data import beside
 
-    out = Path(out) if out else Path(folder).with_name(Path(folder).name + "-onnx")
+    out = Path(out) if out else beside(folder, "-onnx")
     export_onnx(Path(folder), out, int8=int8)
     click.echo(f"ONNX model: {out}")
 

@@ -304,22 +304,27 @@ def give_memory_back(device):
 def read_pooling(folder):
     """'cls' or 'mean', from the model's own `1_Pooling/config.json`; TutorialError if missing or another."""
     path = Path(folder) / "1_Pooling" / "config.json"
-    config = read_json(path)
-    for name in ("cls", "mean"):
-        if config.get("pooling_mode") == name or config.get(
-            f"pooling_mode_{name}{'_token' if name == 'cls' else '_tokens'}"
-        ):
-            return name
+    known = {"cls": "cls", "cls_token": "cls", "mean": "mean", "mean_tokens": "mean"}
+    config, legacy = read_json(path), "pooling_mode_"
+    modes = []
+    if isinstance(config, dict):
+        modes = [name.removeprefix(legacy) for name, on in config.items() if name.startswith(legacy) and on]
+        modes = [str(config["pooling_mode"])] if config.get("pooling_mode") else modes
+    if len(modes) == 1 and modes[0] in known:  # of several, sentence-transformers lays one behind the other
+        return known[modes[0]]
     raise TutorialError(
-        f"{relative(path)} asks for neither CLS nor mean pooling: {config}. Use a model with one of them."
+        f"{relative(path)} does not ask for CLS or mean pooling alone: {config}. Use a model that does."
     )
 
 
 def require_no_other_steps(folder):
     """Raise TutorialError where `modules.json` names a step that Encoder does not take, as LaBSE's Dense."""
     path = Path(folder) / "modules.json"
-    kinds = [str(part.get("type")).rsplit(".", 1)[-1] for part in read_json(path)] if path.is_file() else []
-    if others := set(kinds) - {"Transformer", "Pooling", "Normalize"}:
+    parts = read_json(path) if path.is_file() else []
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        raise TutorialError(f"{relative(path)} is not a list of steps. Download the model again.")
+    kinds = {str(part.get("type")).rsplit(".", 1)[-1] for part in parts}
+    if others := kinds - {"Transformer", "Pooling", "Normalize"}:
         raise TutorialError(
             f"{relative(path)} asks for {', '.join(sorted(others))}, which is not made here, so the vectors "
             "would be others. Use a model without it."

@@ -24,6 +24,7 @@ from .encoder import Encoder, embed, save_model
 from .files import TutorialError, atomic_file, read_json, relative, require_disk, write_json
 from .finetune import TrainConfig, bootstrap_interval, evaluate, mix, sign_flip_test, split_pairs
 from .pairs import (
+    answers_of,
     columns_of,
     one_per_query,
     own_pairs,
@@ -126,7 +127,9 @@ def near_doubles(encoder, pairs, progress=False):
 
     Each two once: their queries or passages, without an equal text, with a cosine of 0.95 and more.
     """
-    found = {}
+    found, answers = {}, {}
+    for pair in pairs:
+        answers.setdefault(pair["query"], set()).update(answers_of(pair))
     for side in ("query", "pos_doc"):
         owner = {pair[side]: pair["query"] for pair in reversed(pairs)}
         texts = list(owner)
@@ -135,7 +138,7 @@ def near_doubles(encoder, pairs, progress=False):
         close = torch.triu(vectors @ vectors.T, diagonal=1)
         for i, j in (close >= 0.95).nonzero().tolist():
             both = tuple(sorted((owner[texts[i]], owner[texts[j]])))
-            if both[0] != both[1]:
+            if both[0] != both[1] and len(answers[both[0]] | answers[both[1]]) > 1:  # equal ones are masked
                 kind = "queries" if side == "query" else "passages"
                 found[both] = max(found.get(both, (0,)), (close[i, j].item(), *both, kind))
     return sorted(found.values(), reverse=True)
@@ -185,7 +188,8 @@ def check(path, model="pocket", query=None, passage=None, progress=False, device
     if len(different) < ENOUGH:
         lines.append(f"Fewer than {ENOUGH} pairs: with so few no gain was clear in our study. Add pairs.")
     try:
-        split_pairs(tidied(rows, relative(path)), train_share=0.8)
+        kept = tidied(rows, relative(path))
+        split_pairs(kept, train_share=train_share(kept))
     except TutorialError as error:
         lines.append(f"`train` will refuse this file. {error}")
     return "\n".join(lines)
@@ -209,18 +213,27 @@ def base_model(model):
 
 
 def opened(model, device=None):
-    """The Encoder of "pocket", "bge-m3", or a model's folder, ready to embed."""
-    return Encoder(base_model(str(model))[0]).to(device or profiles.device_of_this_machine()).eval()
+    """The Encoder of "pocket", "bge-m3", or a model's folder, which reads as far as `train` did."""
+    folder = base_model(str(model))[0]
+    run = beside(folder, "-run") / "config.json"
+    max_length = read_json(run)["max_length"] if run.is_file() else 512
+    return Encoder(folder, max_length).to(device or profiles.device_of_this_machine()).eval()
+
+
+def beside(folder, ending):
+    """The path of what belongs to a folder and stands beside it, also where the folder is "."."""
+    folder = Path(folder).resolve()
+    return folder.with_name(folder.name + ending)
 
 
 def require_own_folder(out, base):
     """Raise TutorialError where `out`, which gets replaced, is the base, or no model that `train` left."""
-    out = Path(out)
-    ours = (out / "model.safetensors").is_file() and out.with_name(out.name + "-run").is_dir()
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not ours):
+    out, base, run = Path(out).resolve(), Path(base).resolve(), beside(out, "-run")
+    ours = (out / "model.safetensors").is_file() and run.is_dir()
+    if out.is_file() or out == Path.cwd() or (out.is_dir() and any(out.iterdir()) and not ours):
         raise TutorialError(f"{relative(out)} exists and is no model of `train`. Name another with --out.")
-    if out.resolve() == Path(base).resolve():
-        raise TutorialError(f"{relative(out)} is the base itself. Name a new folder with --out.")
+    if {out, run, beside(run, ".previous")} & {base, *base.parents}:
+        raise TutorialError(f"{relative(base)} would be replaced or moved. Name a new folder with --out.")
 
 
 def compare(before, after):
@@ -283,7 +296,7 @@ def train(path, out, model="pocket", runs=1, **options):
     """
     require_own_folder(out, base_model(model)[0])
     task, out = task_of(path, model, **options), Path(out)
-    run, size = out.with_name(out.name + "-run"), sum(w.numel() for w in task.base.parameters())
+    run, size = beside(out, "-run"), sum(w.numel() for w in task.base.parameters())
     require_disk(out.parent, size * 4e-9, "the merged model")
     config = fitted(task.config, task.base, task.train_pairs)
     counts = f"{len(task.train_pairs):,} pairs to train on, {len(task.held_out):,} queries held out"
@@ -315,7 +328,7 @@ def curve(path, out, model="pocket", seeds=SEEDS, **options):
     Returns {"base" or size: (MRR, low, high)}.
     """
     task, out = task_of(path, model, **options), Path(out)
-    file, total = out.with_name(out.name + "-curve.json"), len(task.train_pairs)
+    file, total = beside(out, "-curve.json"), len(task.train_pairs)
     sizes = [*(size for size in (SMALLEST_CURVE << n for n in range(20)) if size < total), total]
     identity = training.run_identity(task.folder, task.train_pairs, task.held_out, task.config)
     identity = json.loads(json.dumps(identity)) | {"passages": len(task.candidates)}
@@ -339,7 +352,7 @@ def curve(path, out, model="pocket", seeds=SEEDS, **options):
     for size in sizes:
         ranks = np.array([cells[f"{size}-{seed}"] for seed in seeds])
         found[size] = bootstrap_interval((1 / ranks).mean(0))
-    draw_curve(found, out.with_name(out.name + "-curve.png"), len(task.held_out), Path(path).name)
+    draw_curve(found, beside(out, "-curve.png"), len(task.held_out), Path(path).name)
     return found
 
 
@@ -408,7 +421,7 @@ def evaluate_file(folder, path, corpus=None, query=None, passage=None, device=No
     """{metric: (mean, low, high)} of a model folder on a file of pairs, and how many queries and passages."""
     pairs = one_per_query(read_pairs(path, query, passage))
     candidates = passages_of(pairs + read_corpus(corpus, preferred=passage))
-    run = Path(folder).with_name(Path(folder).name + "-run") / "train.jsonl"
+    run = beside(folder, "-run") / "train.jsonl"
     if run.is_file() and (seen := {p["query"] for p in read_pairs(run)} & {p["query"] for p in pairs}):
         print(f"{len(seen)} of {len(pairs)} queries were trained on; val.jsonl beside them was not.")
     encoder = opened(folder, device)

@@ -100,10 +100,10 @@ def column_of(row, wanted, known, where, role):
     )
 
 
-def several(row, name, where, strict):
-    """The texts in a column that holds a text or a list of them. strict: a list alone."""
+def several(row, name, where):
+    """The texts in a column that holds a text or a list of them."""
     value = row[name]
-    if strict or isinstance(value, list):
+    if isinstance(value, list):
         return texts_of(row, name, where)
     return [] if value in (None, "") else [field_of(row, (name,), where)]
 
@@ -122,7 +122,7 @@ def pairs_of_row(row, columns, where):
     query, passage = columns
     shared = {"query": field_of(row, (query,), where)}
     if (negative := there(row, NEGATIVES)) is not None:
-        shared["neg"] = several(row, negative, where, strict=negative == "neg")
+        shared["neg"] = several(row, negative, where)
     for name in ("other_queries", "other_pos_docs"):
         if name in row:
             shared[name] = texts_of(row, name, where)
@@ -170,8 +170,11 @@ def tidied(rows, name):
     """
     pairs, right = {}, {}
     for row in rows:
-        right.setdefault(row["query"], set()).add(row["pos_doc"])
-        pairs.setdefault((row["query"], row["pos_doc"]), row)
+        right.setdefault(row["query"], set()).update(answers_of(row))
+        first = pairs.setdefault((row["query"], row["pos_doc"]), row)
+        if first is not row and row.get("neg"):  # triplets: a pair stands there once for each negative
+            wrong = list(dict.fromkeys([*first.get("neg", []), *row["neg"]]))
+            pairs[row["query"], row["pos_doc"]] = {**first, "neg": wrong}
     if doubles := len(rows) - len(pairs):
         print(f"{doubles} of {len(rows):,} pairs stand there twice: each is kept once.")
     false, kept = 0, []
@@ -192,13 +195,15 @@ def tidied(rows, name):
 def read_corpus(path, column=None, preferred=None):
     """The different texts of a file of passages; [] for None. TutorialError on a bad row.
 
-    column: has to be there. preferred: is taken where it is there.
+    column: has to be there. preferred: is taken where it is there; where not given, TUTORIAL_PASSAGE.
     """
+    preferred = preferred or os.environ.get("TUTORIAL_PASSAGE")
     texts, name, known = {}, None, (preferred, *TEXTS) if preferred else TEXTS
     for number, row in read_rows(path) if path else ():
         where = f"{relative(path)}, row {number}"
-        name = name or column_of(row, column, known, where, "passage")
-        texts |= dict.fromkeys(several(row, name, where, strict=False))
+        if name not in row:
+            name = column_of(row, column, known, where, "passage")
+        texts |= dict.fromkeys(several(row, name, where))
     if path and not texts:
         raise TutorialError(f"{relative(path)} holds no passages. Put one in each row.")
     return list(texts)

@@ -113,7 +113,7 @@ def parquet_rows(path):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
-    except (pyarrow.ArrowException, OSError, UnicodeError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         problem = file_problem(Path(path), name) or f"{name}, row {number + 1}: no valid Parquet ({error})"
         raise TutorialError(f"{problem}. Write the file again.") from None
 

@@ -76,7 +76,7 @@ PAIRS = {
     "no pos_doc": (lines(PAIR, {"query": "x"}), "row 2"),
     "other names": (lines({"one": "x", "other": "y"}), "row 1"),
     "neg null": (with_field("neg", None), 2),
-    "neg a text": (with_field("neg", "x"), "row 2"),
+    "neg a text": (with_field("neg", "x"), 2),
     "neg with a number": (with_field("neg", ["x", 1]), "row 2"),
     "neg with an empty text": (with_field("neg", [""]), "row 2"),
     "neg nested": (with_field("neg", [["x"]]), "row 2"),

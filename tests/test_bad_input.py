@@ -116,7 +116,6 @@ PAIRS = {
         "'neg' must be a list of texts",
     ),
     "neg with a number": (lines({**PAIR, "neg": [1]}), "row 1", "'neg' must be a list of texts"),
-    "neg a text": (lines({**PAIR, "neg": "text"}), "row 1", "'neg' must be a list of texts"),
     "latin-1": (lines(PAIR) + '{"query": "für"}\n'.encode("latin-1"), "not UTF-8", "Save it as UTF-8"),
 }
 

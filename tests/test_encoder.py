@@ -157,8 +157,13 @@ def test_pooling_is_read_from_the_model(tiny_bert, tiny_m3, tmp_path):
     write_json(tmp_path / "new" / "1_Pooling" / "config.json", {"pooling_mode": "cls"})
     assert read_pooling(tmp_path / "new") == "cls"
     write_json(tmp_path / "max" / "1_Pooling" / "config.json", {"pooling_mode_max_tokens": True})
-    with pytest.raises(TutorialError, match="1_Pooling/config.json asks for neither CLS nor mean"):
+    with pytest.raises(TutorialError, match="1_Pooling/config.json does not ask for CLS or mean"):
         read_pooling(tmp_path / "max")
+    both = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}
+    for other in (both, [], {"pooling_mode": ["cls"]}):
+        write_json(tmp_path / "max" / "1_Pooling" / "config.json", other)
+        with pytest.raises(TutorialError, match="does not ask"):
+            read_pooling(tmp_path / "max")
 
 
 def test_a_model_with_a_step_of_its_own_after_the_pooling_is_refused(tiny_bert, tmp_path):
@@ -167,6 +172,10 @@ def test_a_model_with_a_step_of_its_own_after_the_pooling_is_refused(tiny_bert, 
     write_json(folder / "modules.json", [{"type": f"sentence_transformers.{part}"} for part in parts])
     with pytest.raises(TutorialError, match="labse/modules.json asks for Dense"):
         Encoder(folder)
+    for damaged in ({"a": 1}, ["x"], None):
+        write_json(folder / "modules.json", damaged)
+        with pytest.raises(TutorialError, match="labse/modules.json"):
+            Encoder(folder)
 
 
 

@@ -135,6 +135,9 @@ def test_doubles_go_and_a_negative_that_is_right_too(tmp_path, capsys):
     assert own_pairs(tmp_path / "x.jsonl") == [*rows[:10], as_pair("q1", "other", neg=["a2"])]
     said = capsys.readouterr().out
     assert "2 of 13 pairs stand there twice" in said and "1 negatives are right answers" in said
+    triplets = [as_pair("q1", "a1", neg=[text]) for text in ("n1", "n2", "n1", "r")]
+    write_pairs(tmp_path / "x.jsonl", [*rows[:10], *triplets, as_pair("q1", "a1", other_pos_docs=["r"])])
+    assert own_pairs(tmp_path / "x.jsonl")[1]["neg"] == ["n1", "n2"], "one row for each negative"
 
 
 def test_the_split_is_a_plain_cut_where_no_text_is_shared(pairs):
@@ -211,7 +214,7 @@ def test_check(call, faq, tiny_bert):
     assert "pairs: 30, of them 0 twice" in said and "22 different, 8 with several passages" in said
     assert "likely false negatives" in said and "LATIN" in said
     assert "columns: question → answer\n" in said and "refuse" not in said
-    assert "Fewer than 160 pairs" in said and "take bge-m3" not in said
+    assert "Fewer than 160 pairs" in said
 
 
 def test_check_says_what_training_would_not_like(faq, minilm, tmp_path):
@@ -222,9 +225,23 @@ def test_check_says_what_training_would_not_like(faq, minilm, tmp_path):
     assert said.startswith("columns: Question → answer; beside them: id\n")
     assert "1 pairs have equal texts on both sides" in said and "`train` will refuse this file" in said
     assert "English alone" in said and "English alone" not in own_data.check(faq, device="cpu")
-    close = [as_pair(f"Sort a list of numbers{end}", f"Call sorted on the list{end}") for end in ".!"]
-    found = own_data.near_doubles(Encoder(minilm).eval(), close)
-    assert len(found) == 1, "the queries are close and the passages too: one pair of pairs"
+    encoder = Encoder(minilm).eval()
+    close = [as_pair(f"Sort a list of\nnumbers{end}", f"Call sorted on the list{end}") for end in ".!"]
+    [(cosine, *texts, kind)] = own_data.near_doubles(encoder, close)
+    assert texts == sorted(pair["query"] for pair in close) and 0.95 < cosine < 1
+    apart = {own_data.near_doubles(encoder, [close[0], {**close[1], side: "so"}])[0][0] for side in close[0]}
+    assert cosine == max(apart), "the queries are close and the passages too: the closer of both, once"
+    same = [{**pair, "pos_doc": "X"} for pair in close]
+    assert not own_data.near_doubles(encoder, same), "a common passage is never its own negative"
+    assert own_data.one_line(texts[0] + "\x1b[2J") == "Sort a list of numbers![2J"
+
+
+def test_check_draws_its_sample_from_the_whole_file(faq, tiny_bert, monkeypatch):
+    monkeypatch.setattr(own_data, "SAMPLE", 10)
+    seen = []
+    monkeypatch.setattr(own_data, "near_doubles", lambda encoder, pairs, progress: seen.extend(pairs) or [])
+    assert "0 near doubles among 10 pairs" in own_data.check(faq, tiny_bert, device="cpu")
+    assert seen != read_pairs(faq)[:10] and len(seen) == 10
 
 
 def test_from_a_file_to_a_search(call, faq, tiny_bert, tmp_path):
@@ -263,6 +280,11 @@ def test_from_a_file_to_a_search(call, faq, tiny_bert, tmp_path):
     assert "one more passage" in asked and "query (empty: end)" in asked
 
 
+def test_the_rows_of_a_corpus_may_name_their_column_differently(tmp_path):
+    (tmp_path / "c.jsonl").write_text('{"text":"a"}\n{"content":"b"}\n')
+    assert read_corpus(tmp_path / "c.jsonl") == ["a", "b"]
+
+
 def test_a_corpus_may_name_its_column_as_the_pairs_do_or_not(tmp_path):
     (tmp_path / "own.csv").write_text("Frage,Antwort\nwas,das\n")
     write_pairs(tmp_path / "other.jsonl", [{"text": "dies"}])
@@ -279,9 +301,20 @@ def test_settings_of_the_command_line_reach_the_run(call, faq, tiny_bert, tmp_pa
     assert (config["epochs"], config["learning_rate"], config["checkpointing"]) == (1, 3e-4, True)
     assert config["max_length"] == 16
     assert own_data.task_of(faq, tiny_bert, max_length=16).base.max_length == 16, "judged as it is trained"
+    assert own_data.opened(tmp_path / "m", "cpu").max_length == 16, "evaluated and searched too"
     call("train", faq, "--model", tiny_bert, "--out", tmp_path / "m", "--learning-rate", 0, code=2)
-    base = ("--model", tmp_path / "m", "--out", tmp_path / "m", "--device", "cpu")
-    assert "is the base itself" in CliRunner().invoke(main, ["train", str(faq), *map(str, base)]).stderr
+    for base in ("m", "m-run/fine-tuned"):
+        arguments = ("train", faq, "--model", tmp_path / base, "--out", tmp_path / "m", "--epochs", 2)
+        said = CliRunner().invoke(main, list(map(str, arguments))).stderr
+        assert f"{base} would be replaced or moved" in said
+
+
+def test_the_folder_one_stands_in_is_read_and_never_replaced(faq, tiny_bert, monkeypatch, tmp_path):
+    monkeypatch.chdir(tiny_bert)
+    assert own_data.evaluate_file(".", faq, device="cpu")[1] == 22
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TutorialError, match="Name another with --out"):
+        own_data.train(faq, ".", tiny_bert)
 
 
 def test_further_pairs_are_trained_on_and_never_judged(faq, tiny_bert, tmp_path):
@@ -341,7 +374,7 @@ def test_export_and_run_hand_on_what_they_are_told(call, monkeypatch, tmp_path):
     monkeypatch.setattr(run_notebooks, "main", seen.append)
     call("run", "--pairs", tmp_path / "x.csv", "--query", "Frage", "--passage", "Antwort")
     (tmp_path / "x.csv").write_text("Frage,Antwort\n" + "".join(f"q{i},a{i}\n" for i in range(10)))
-    assert len(own_pairs(tmp_path / "x.csv")) == 10
+    assert len(own_pairs(tmp_path / "x.csv")) == 10 == len(read_corpus(tmp_path / "x.csv"))
     assert seen == [("m", "m-onnx", True), run_notebooks.NOTEBOOKS]
     assert own_data.chosen_files() == (tmp_path / "x.csv", None)
     assert own_data.chosen_files("mine.jsonl")[0].name == "mine.jsonl"
