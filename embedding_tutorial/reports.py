@@ -132,10 +132,11 @@ WHOSE = {  # what a reader wants to tell apart: (recipe, weights of it), and wha
     "base": ("base", "last", "no training"),
     "sentence-transformers' defaults": ("sentence-transformers", "last", "batch 8, 3 epochs, rate 5e-5"),
     "FlagEmbedding's defaults": ("FlagEmbedding", "last", "batch 8, 3 epochs, rate 5e-5, τ 0.02"),
-    "sentence-transformers, our settings": (
-        "sentence-transformers, our settings", "last", "our batch and rate, 10 epochs, dropout 0.1"),
+    "sentence-transformers, our batch and rate": (
+        "sentence-transformers, our settings", "last", "batch 80, 10 epochs, τ 0.05, dropout 0.1"),
     "the original article, as its loop ran": ("faulty schedule", "last", "2 × 80, τ 0.02, dropout 0.1"),
-    "the original article": ("original", "last", "the same, its schedule corrected"),
+    "the original article, as its loop ran, halfway": ("faulty schedule", "halfway", "the same, merged"),
+    "the original article": ("original", "last", "its schedule corrected"),
     "the original article, halfway": ("original", "halfway", "corrected and merged"),
     "ours: fine-tuned": ("default", "last", "batch 80, 5 epochs, τ 0.05, no dropout"),
     "ours: merged": ("default", "halfway", "the same, halfway to the base"),

@@ -312,8 +312,9 @@ def test_what_the_notebook_says_of_the_number_of_pairs():
     for more, fewer in (("160 pairs", "80 pairs"), ("default", "160 pairs")):
         assert 0.015 < found.interval(f"{more} / halfway", f"{fewer} / halfway")[0] < 0.02
     page = " ".join((ROOT / "data" / "README.md").read_text(encoding="utf-8").split())
-    for place, how in zip(sr.SYNTHETIC.values(), ("updates", "epochs"), strict=True):
-        assert sr.shown(found.interval(place, "default / halfway"), True) in page, how
+    for count in (400, 800, 1500):
+        shown = sr.shown(found.interval(f"{count} synthetic / halfway", "default / halfway"), True)
+        assert shown in page and shown.replace("-", "−") in said, count
 
 
 def test_no_costlier_recipe_stays_the_default():
