@@ -39,6 +39,7 @@ from .rows import read_rows
 HELD_OUT = 1_000  # queries, at most: enough to see a gain of 0.02 MRR
 WHOLE_GRAPH = 20_000  # tokens of a batch whose graph is kept whole: about 2 GB for MiniLM
 ENOUGH = 160  # pairs: with fewer the study shows no clear gain
+PADDED = 11_000  # positions of section 5's padded batch, in fp32: about 3 GB for MiniLM
 SAMPLE = 2_000  # pairs that `check` compares with each other
 SMALLEST_CURVE, SEEDS = 20, (42, 43, 44)  # of a learning curve: its fewest pairs, doubled; its runs
 ALPHA = 0.5  # of the way from base to fine-tuned: notebook 01, section 8
@@ -110,7 +111,7 @@ def fitted(config, encoder, pairs):
 def padded_batch(encoder, pairs):
     """Pairs in a padded batch of section 5 such that the longest text does not blow it up: 2 to 40."""
     counts, _ = token_counts(encoder.tokenizer, texts_of_pairs(pairs)[:4000])
-    return int(np.clip(WHOLE_GRAPH // min(counts.max(), encoder.max_length), 2, 40))
+    return int(np.clip(PADDED // min(counts.max(), encoder.max_length), 2, 40))
 
 
 # ---------------------------------------------------------------- check

@@ -246,7 +246,7 @@ def test_number():
     assert style.number(-0.0001, signed=True) == "0.000"
 
 
-@pytest.mark.filterwarnings("ignore:Glyph")  # where no Chinese font is installed
+@pytest.mark.filterwarnings("error:Glyph")
 def test_titles_wrap_in_english_and_chinese():
     assert style.wrap("one two three", 0.5, 10).splitlines() == ["one", "two", "three"]
     chinese = "微调之后代码检索的召回率上升，通用检索不变。"
@@ -263,6 +263,13 @@ def test_import_changes_no_setting_and_names_only_installed_fonts():
         "[mpl.font_manager.findfont(name, fallback_to_default=False) for name in style.FONTS]"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+@pytest.mark.filterwarnings("error:Glyph")
+def test_chinese_is_drawn_on_every_machine(tmp_path):
+    labels = ["台风来之前为什么特别热", "厕所堵了怎么办", "骑车膝盖疼怎么调整"]
+    figures.similarity_heatmaps(np.eye(3), np.eye(3), labels, path=tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 10_000
 
 
 def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):

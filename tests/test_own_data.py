@@ -182,7 +182,7 @@ def test_settings_follow_the_pairs(tiny_bert, pairs, capsys):
     assert own_data.fitted(finetune.TrainConfig(), encoder, long * 3).backward == "gradcache"
     said = capsys.readouterr().out
     assert "12 training pairs are fewer than the batch of 80" in said and "longer than 512 tokens" in said
-    assert own_data.padded_batch(encoder, long) == 39 and own_data.padded_batch(encoder, pairs) == 40
+    assert own_data.padded_batch(encoder, long) == 21 and own_data.padded_batch(encoder, pairs) == 40
     assert own_data.train_share(pairs) == 0.8 and own_data.train_share(range(100_000)) == 0.99
 
 

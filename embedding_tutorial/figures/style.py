@@ -5,13 +5,15 @@ every figure can be read in greyscale. `STYLE` holds only while a figure is draw
 
 import logging
 import re
+from importlib.util import find_spec
 from itertools import pairwise, product
+from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findSystemFonts, fontManager
+from matplotlib.font_manager import FontProperties, fontManager
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
 from matplotlib.textpath import text_to_path
@@ -34,25 +36,12 @@ OTHERS = [  # for what is no model of the tutorial; lightness 81, 54, 66, 40, 20
     {"color": "#7A5195", "hatch": "xxx", "marker": "X"},
     {"color": "#2F2F3A", "hatch": "", "marker": "p"},
 ]
-# DejaVu Sans comes with matplotlib but holds no Chinese. Of the others only those that matplotlib
-# finds are named: it would print a findfont warning for each of the rest.
-CHINESE = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "Microsoft YaHei")
-CHINESE += ("PingFang SC", "Hiragino Sans GB", "SimHei", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei")
-
-
-def chinese_fonts():
-    """The first of CHINESE that is installed, as a list; also one newer than matplotlib's list of fonts."""
-    found = {font.name for font in fontManager.ttflist}
-    if not found & set(CHINESE):
-        for path in findSystemFonts():
-            if "CJK" in path and "Sans" in path and path.rpartition("-")[2][:4] in ("Regu", "Bold"):
-                fontManager.addfont(path)
-        found = {font.name for font in fontManager.ttflist}
-    return [name for name in CHINESE if name in found][:1]
-
-
-FONTS = ["DejaVu Sans", *chinese_fonts()]
-# A Chinese font without a bold face is drawn as it is; matplotlib would say so in every cell that draws.
+# DejaVu Sans comes with matplotlib but holds no Chinese. The package zhplot has Noto Sans SC (OFL); it is not
+# imported, as that would change matplotlib's settings.
+ZHPLOT = Path(find_spec("zhplot").origin).parent
+fontManager.addfont(ZHPLOT / "fonts" / "NotoSansSC-Regular.ttf")
+FONTS = ["DejaVu Sans", "Noto Sans SC"]
+# It has no bold face and is drawn as it is; matplotlib would say so in every cell that draws.
 logging.getLogger("matplotlib.font_manager").addFilter(lambda note: "font weight" not in note.getMessage())
 STYLE = {
     "font.family": FONTS, "font.size": 9.5, "text.color": INK, "axes.labelcolor": INK,
