@@ -227,13 +227,13 @@ def beside(folder, ending):
     return folder.with_name(folder.name + ending)
 
 
-def require_own_folder(out, base):
+def require_own_folder(out, base=None):
     """Raise TutorialError where `out`, which gets replaced, is the base, or no model that `train` left."""
-    out, base, run = Path(out).resolve(), Path(base).resolve(), beside(out, "-run")
+    out, run = Path(out).resolve(), beside(out, "-run")
     ours = (out / "model.safetensors").is_file() and run.is_dir()
     if out.is_file() or out == Path.cwd() or (out.is_dir() and any(out.iterdir()) and not ours):
         raise TutorialError(f"{relative(out)} exists and is no model of `train`. Name another with --out.")
-    if {out, run, beside(run, ".previous")} & {base, *base.parents}:
+    if base and {out, run, beside(run, ".previous")} & {base.resolve(), *base.resolve().parents}:
         raise TutorialError(f"{relative(base)} would be replaced or moved. Name a new folder with --out.")
 
 
@@ -295,8 +295,9 @@ def train(path, out, model="pocket", runs=1, **options):
     on from there.
     runs: the mean of so many runs. options: of `task_of`. Returns what `compare` does.
     """
-    require_own_folder(out, base_model(model)[0])
+    require_own_folder(out)  # before anything is downloaded
     task, out = task_of(path, model, **options), Path(out)
+    require_own_folder(out, task.folder)
     run, size = beside(out, "-run"), sum(w.numel() for w in task.base.parameters())
     require_disk(out.parent, size * 4e-9, "the merged model")
     config = fitted(task.config, task.base, task.train_pairs)

@@ -5,9 +5,8 @@ every figure can be read in greyscale. `STYLE` holds only while a figure is draw
 
 import logging
 import re
-from importlib.util import find_spec
+from importlib.metadata import distribution
 from itertools import pairwise, product
-from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -38,8 +37,7 @@ OTHERS = [  # for what is no model of the tutorial; lightness 81, 54, 66, 40, 20
 ]
 # DejaVu Sans comes with matplotlib but holds no Chinese. The package zhplot has Noto Sans SC (OFL); it is not
 # imported, as that would change matplotlib's settings.
-ZHPLOT = Path(find_spec("zhplot").origin).parent
-fontManager.addfont(ZHPLOT / "fonts" / "NotoSansSC-Regular.ttf")
+fontManager.addfont(distribution("zhplot").locate_file("zhplot/fonts/NotoSansSC-Regular.ttf"))
 FONTS = ["DejaVu Sans", "Noto Sans SC"]
 # It has no bold face and is drawn as it is; matplotlib would say so in every cell that draws.
 logging.getLogger("matplotlib.font_manager").addFilter(lambda note: "font weight" not in note.getMessage())
