@@ -102,7 +102,9 @@ class Recorder:
                 ids, mask = named.get("input_ids"), named.get("attention_mask")
                 tokens = named["inputs_embeds"].shape[:2].numel() if ids is None else ids.numel()
                 self.padded += tokens
-                self.real += tokens if mask is None else int(mask.sum())
+                lengths = named["layout"].lengths if "layout" in named else [tokens]
+                own = sum(length for length in lengths if length > 1)  # what fills a row has one token
+                self.real += own if mask is None else int(mask.sum())
             return forward(*positional, **named)
 
         transformer.forward = counting
