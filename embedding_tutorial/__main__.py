@@ -80,13 +80,11 @@ def check(file, model, device, query, passage):
 @corpus
 @device
 @columns
-def train(file, out, model, runs, epochs, learning_rate, max_length, checkpointing, curve, device, **options):
+def train(file, out, model, runs, curve, device, **options):
     """Train on FILE with the tutorial's recipe; killed, it goes on from the last epoch."""
     from . import own_data, reports
 
-    given = {"epochs": epochs, "learning_rate": learning_rate, "max_length": max_length}
-    options |= {name: value for name, value in given.items() if value} | {"checkpointing": checkpointing}
-    options["device"] = device_named(device)
+    options = {name: value for name, value in options.items() if value} | {"device": device_named(device)}
     if curve:
         for size, score in own_data.curve(file, out, model, **options).items():
             click.echo(f"{size:>8}  MRR {reports.interval(score)}")

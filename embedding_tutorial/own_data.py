@@ -24,6 +24,7 @@ from .encoder import Encoder, embed, save_model
 from .files import TutorialError, atomic_file, read_json, relative, require_disk, write_json
 from .finetune import TrainConfig, bootstrap_interval, evaluate, mix, sign_flip_test, split_pairs
 from .pairs import (
+    ENOUGH,
     answers_of,
     columns_of,
     one_per_query,
@@ -38,7 +39,6 @@ from .rows import read_rows
 
 HELD_OUT = 1_000  # queries, at most: enough to see a gain of 0.02 MRR
 WHOLE_GRAPH = 20_000  # tokens of a batch whose graph is kept whole: about 2 GB for MiniLM
-ENOUGH = 160  # pairs: with fewer the study shows no clear gain
 PADDED = 11_000  # positions of section 5's padded batch, in fp32: about 3 GB for MiniLM
 SAMPLE = 2_000  # pairs that `check` compares with each other
 SMALLEST_CURVE, SEEDS = 20, (42, 43, 44)  # of a learning curve: its fewest pairs, doubled; its runs

@@ -20,6 +20,7 @@ PASSAGES += ("doc", "response", "output", "context", "答案", "回答", "段落
 NEGATIVES = ("neg", "negative", "negatives", "hard_negatives")
 TEXTS = (*PASSAGES, "text", "content", "contents")  # of a corpus; beside a "code", a "text" is a query
 SMALLEST = 10  # pairs: with fewer there is nothing to hold out
+ENOUGH = 160  # pairs: with fewer the study shows no clear gain
 
 
 # ---------------------------------------------------------------- texts of a row
@@ -173,8 +174,7 @@ def tidied(rows, name):
         right.setdefault(row["query"], set()).update(answers_of(row))
         first = pairs.setdefault((row["query"], row["pos_doc"]), row)
         if first is not row and row.get("neg"):  # triplets: a pair stands there once for each negative
-            wrong = list(dict.fromkeys([*first.get("neg", []), *row["neg"]]))
-            pairs[row["query"], row["pos_doc"]] = {**first, "neg": wrong}
+            pairs[row["query"], row["pos_doc"]] = {**first, "neg": negatives_of(first, row)}
     if doubles := len(rows) - len(pairs):
         print(f"{doubles} of {len(rows):,} pairs stand there twice: each is kept once.")
     false, kept = 0, []
@@ -187,7 +187,7 @@ def tidied(rows, name):
     if len(kept) < SMALLEST:
         raise TutorialError(
             f"{name} holds {len(kept)} different pair{'s' * (len(kept) > 1)}; {SMALLEST} are the "
-            "least that can be split, and with fewer than 160 our study shows no clear gain. Add pairs."
+            f"least that can be split, and with fewer than {ENOUGH} our study shows no clear gain. Add pairs."
         )
     return kept
 
@@ -214,6 +214,11 @@ def answers_of(pair):
     return [pair["pos_doc"], *pair.get("other_pos_docs", [])]
 
 
+def negatives_of(*pairs):
+    """The different hard negatives of pairs, in order."""
+    return list(dict.fromkeys(text for pair in pairs for text in pair.get("neg", [])))
+
+
 def passages_of(items):
     """The different passages of pairs, or of texts, in order: what is searched."""
     texts = (text for item in items for text in ([item] if isinstance(item, str) else answers_of(item)))
@@ -226,7 +231,7 @@ def one_per_query(pairs):
     for pair in pairs:
         if (first := grouped.setdefault(pair["query"], pair)) is not pair:
             others = passages_of([{"pos_doc": text} for p in (first, pair) for text in answers_of(p)])[1:]
-            wrong = list(dict.fromkeys([*first.get("neg", []), *pair.get("neg", [])]))
+            wrong = negatives_of(first, pair)
             more = {"other_pos_docs": others} if others else {}
             grouped[pair["query"]] = {**first, **more, **({"neg": wrong} if wrong else {})}
     return list(grouped.values())

@@ -57,7 +57,7 @@ def test_every_contender_computes_the_same_loss_on_the_same_texts(results):
 def test_tokens_computed(results):
     for name in CONTENDER_IDS:
         padding = results[name]["padded_tokens"] - results[name]["real_tokens"]
-        if name.startswith("ours") and name.endswith("bf16"):  # rows are filled up, by less than 64 tokens a group
+        if name.startswith("ours") and name.endswith("bf16"):  # its rows are filled up
             assert padding > 0 and results[name]["padded_tokens"] % 64 == 0
         else:
             assert padding == 0 if name.startswith("ours") else padding > 0, name

@@ -178,7 +178,6 @@ def test_a_model_with_a_step_of_its_own_after_the_pooling_is_refused(tiny_bert, 
             Encoder(folder)
 
 
-
 # ---------------------------------------------------------------- the encoder
 
 
