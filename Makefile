@@ -8,11 +8,14 @@ ifeq ($(shell uname -s 2>/dev/null),Linux)
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi 2>/dev/null),,https://download.pytorch.org/whl/cpu)
 endif
 
-.PHONY: run test lab lint export bench faults study recipes python-version
+.PHONY: run install test lab lint export bench faults study recipes python-version
 .DEFAULT_GOAL := run
 
 run: .venv/.run
 	$(BIN)/python -m embedding_tutorial run
+
+# Without the notebooks: enough for the commands on your own pairs.
+install: .venv/.run
 
 # Two test files at a time, on one thread each: on 2 cores that takes two thirds of the time.
 test: .venv/.dev

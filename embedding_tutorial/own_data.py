@@ -109,9 +109,9 @@ def fitted(config, encoder, pairs):
 
 
 def padded_batch(encoder, pairs):
-    """Pairs in a padded batch of section 5 such that the longest text does not blow it up: 2 to 40."""
+    """Pairs in a padded batch of section 5 such that the longest text does not blow it up: 2 to 32."""
     counts, _ = token_counts(encoder.tokenizer, texts_of_pairs(pairs)[:4000])
-    return int(np.clip(PADDED // min(counts.max(), encoder.max_length), 2, 40))
+    return int(np.clip(PADDED // min(counts.max(), encoder.max_length), 2, 32))
 
 
 # ---------------------------------------------------------------- check

@@ -207,17 +207,36 @@ def original_recipe(pairs):
     return {"original article": tuple(bootstrap_interval(v) for v in values)}
 
 
+def differences(rows, name):
+    """{"code" or "general": (mean, low, high)} of a model against the first one, paired by query."""
+    first = next(iter(rows.values()))["each"]
+    return {side: bootstrap_interval(rows[name]["each"][side] - first[side]) for side in first}
+
+
+def verdict(rows, kind):
+    """What the intervals say of "merged": "a gain on code, no clear change elsewhere". kind: "code"."""
+    places = {"code": f"on {kind}", "general": "elsewhere"}
+    found = {side: "a gain" if low > 0 else "a loss" if high < 0 else "no clear change"
+             for side, (_, low, high) in differences(rows, "merged").items()}  # fmt: skip
+    if len({*found.values()}) == 1:
+        return f"{found['code']} {' or '.join(places.values())}"
+    return ", ".join(f"{found[side]} {place}" for side, place in places.items())
+
+
 def bill(rows, path, task):
     """The models' scores on code and elsewhere, with the paired difference to the base; also written to path.
 
-    rows: {model: {"code": interval, "general": interval, "ndcg": (queries,)}}, the base first.
+    rows: {model: {"code": interval, "general": interval, "each": {"code": (queries,), "general": …}}}, the
+    base first.
     """
-    first, table, plain = next(iter(rows.values())), {}, {}
+    table, plain = {}, {}
     for name, row in rows.items():
-        change = bootstrap_interval(row["ndcg"] - first["ndcg"])
-        table[name] = {"code MRR": interval(row["code"]), "general nDCG@10": interval(row["general"])}
-        table[name]["general − base, paired"] = "" if row is first else interval(change, sign=True)
-        plain[name] = {"code": row["code"], "general": row["general"], "general - base": change}
+        change = differences(rows, name)
+        table[name], plain[name] = {}, {side: row[side] for side in change}
+        for side, metric in (("code", "MRR"), ("general", "nDCG@10")):
+            shown = interval(change[side], sign=True) if len(table) > 1 else ""
+            table[name] |= {f"{side} {metric}": interval(row[side]), f"{side} − base": shown}
+            plain[name][f"{side} - base"] = change[side]
     write_json(path, {"task": task, "models": plain})
     return pd.DataFrame.from_dict(table, orient="index")
 
@@ -229,22 +248,3 @@ def below(tables, name):
     drops = [round(base, 3) - round(own[m][k], 3) for m, cuts in first.items() for k, base in cuts.items()]
     worst = f", by {max(drops):.3f} at most" if max(drops) > 0 else ""
     return f"{sum(drop > 0 for drop in drops)} of {len(drops)} scores{worst}"
-
-
-def encoding_table(path):
-    """Speed and memory of encoding, ours and the libraries', with the machine as the caption."""
-    found = read_json(path)
-    names = {"name": "", "tokens_per_second": "tokens per second", "memory_gb": "GB",
-             "projected_hours": "hours for T2Retrieval, projected"}  # fmt: skip
-    table = pd.DataFrame(found["contenders"])[list(names)].rename(columns=names).set_index("")
-    formats = dict.fromkeys(("GB", "hours for T2Retrieval, projected"), "{:.1f}")
-    formats |= {"tokens per second": "{:,.0f}"}
-    return table.style.format(formats).set_caption(found["machine"]["summary"])
-
-
-def search_table(path):
-    """Seconds, memory and the score of searching all of T2Retrieval, ours and mteb's."""
-    found = read_json(path)
-    names = {"name": "", "seconds": "seconds", "memory_gb": "GB", "ndcg_at_10": "nDCG@10"}
-    table = pd.DataFrame(found["contenders"])[list(names)].rename(columns=names).set_index("")
-    return table.style.format({"seconds": "{:.0f}", "GB": "{:.1f}", "nDCG@10": "{:.5f}"})

@@ -17,7 +17,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from embedding_tutorial import batches, files, finetune, pairs  # noqa: E402
 from embedding_tutorial.files import ROOT, atomic_file, markdown_table, read_json, relative, write_json  # noqa: E402
-from embedding_tutorial.reports import shortened  # noqa: E402
+from embedding_tutorial.reports import interval, shortened  # noqa: E402
 from recipes import compare, data, dense, raw_bert, steps, unified  # noqa: E402
 
 NOTEBOOK = ROOT / "models" / "MiniLM-finetuned" / "merged"
@@ -76,20 +76,20 @@ def notebook_model():
 
 
 def findings(rows):
-    """One sentence for each of PAIRS and each mode, from the reciprocal ranks of the same queries."""
-    ranks, found = {(row["name"], row["mode"]): np.asarray(row["ranks"]) for row in rows}, []
+    """A sentence for each of PAIRS and each mode where the queries show a difference, one for the others."""
+    ranks, found, unclear = {(row["name"], row["mode"]): np.asarray(row["ranks"]) for row in rows}, [], []
     for before, after in PAIRS:
         for mode in ("dense", "sparse", "ColBERT", "weighted sum"):
             if (before, mode) in ranks and (after, mode) in ranks:
                 old, new = 1 / ranks[before, mode], 1 / ranks[after, mode]
-                mean, low, high = finetune.bootstrap_interval(new - old)
-                p = finetune.sign_flip_test(new - old)
-                verdict = "better" if mean > 0 else "worse"
-                found.append(
-                    f"{before} → {after} ({mode}): MRR {old.mean():.3f} → {new.mean():.3f}, {mean:+.3f} "
-                    f"[{low:+.3f}, {high:+.3f}], p = {p:.4f}: "
-                    f"{verdict if p < 0.05 else 'no difference that these queries can show'}.")
-    return found
+                change, p = finetune.bootstrap_interval(new - old), finetune.sign_flip_test(new - old)
+                what, verdict = f"{before} → {after} ({mode})", "better" if change[0] > 0 else "worse"
+                score = f"MRR {old.mean():.3f} → {new.mean():.3f}, {interval(change, sign=True)}, p = {p:.4f}"
+                if p < 0.05:
+                    found.append(f"{what}: {score}: {verdict}.")
+                else:
+                    unclear.append(f"{what} {change[0]:+.3f}")
+    return found + [f"No difference that these queries can show: {'; '.join(unclear)}."] * bool(unclear)
 
 
 def one_line(text, width=90):

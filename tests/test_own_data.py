@@ -182,7 +182,7 @@ def test_settings_follow_the_pairs(tiny_bert, pairs, capsys):
     assert own_data.fitted(finetune.TrainConfig(), encoder, long * 3).backward == "gradcache"
     said = capsys.readouterr().out
     assert "12 training pairs are fewer than the batch of 80" in said and "longer than 512 tokens" in said
-    assert own_data.padded_batch(encoder, long) == 21 and own_data.padded_batch(encoder, pairs) == 40
+    assert own_data.padded_batch(encoder, long) == 21 and own_data.padded_batch(encoder, pairs) == 32
     assert own_data.train_share(pairs) == 0.8 and own_data.train_share(range(100_000)) == 0.99
 
 
@@ -214,7 +214,7 @@ def test_check(call, faq, tiny_bert):
     assert "pairs: 30, of them 0 twice" in said and "22 different, 8 with several passages" in said
     assert "likely false negatives" in said and "LATIN" in said
     assert "columns: question → answer\n" in said and "refuse" not in said
-    assert "Fewer than 160 pairs" in said
+    assert "Fewer than 200 pairs" in said
 
 
 def test_check_says_what_training_would_not_like(faq, minilm, tmp_path):

@@ -264,7 +264,7 @@ def test_a_gpu_with_all_that_is_needed_takes_full(gpu):
 
 def no_memory(gpu, monkeypatch):
     gpu(free=7.9)
-    return "7.9 of 12.0 GB of GPU memory are free and 8.0 GB are needed"
+    return "7.9 of 12.0 GB of GPU memory are free and 8.1 GB are needed"
 
 
 def no_disk(gpu, monkeypatch):
@@ -342,7 +342,7 @@ def test_full_on_a_cpu_asks_for_its_ram(monkeypatch):
 
 def test_full_on_a_gpu_asks_for_its_memory(gpu, monkeypatch):
     gpu(free=5.1)
-    parts = ("5.1 of 12.0 GB of GPU memory", "8.0 GB", "TUTORIAL_DEVICE=cpu, or TUTORIAL_PROFILE=pocket")
+    parts = ("5.1 of 12.0 GB of GPU memory", "8.1 GB", "TUTORIAL_DEVICE=cpu, or TUTORIAL_PROFILE=pocket")
     refused(lambda: choose_profile("full"), *parts)
     monkeypatch.setenv("TUTORIAL_DEVICE", "cpu")
     assert choose_profile("full") == (FULL, "chosen in the first cell; the device chosen is the CPU")

@@ -313,8 +313,10 @@ def test_what_the_notebook_says_of_the_number_of_pairs():
         assert 0.015 < found.interval(f"{more} / halfway", f"{fewer} / halfway")[0] < 0.02
     page = " ".join((ROOT / "data" / "README.md").read_text(encoding="utf-8").split())
     for count in (400, 800, 1500):
-        shown = sr.shown(found.interval(f"{count} synthetic / halfway", "default / halfway"), True)
-        assert shown in page and shown.replace("-", "−") in said, count
+        ahead = found.interval(f"{count} synthetic / halfway", "default / halfway")
+        assert sr.shown(ahead, True) in page and ahead[0] < 0, count  # "did not help"
+    low = found.interval("40 pairs, rewrites / halfway", "40 pairs / halfway")[1]
+    assert low > 0 and "Rewrites\nhelped a little with 40; further pairs" in said and "did not help" in said
 
 
 def test_no_costlier_recipe_stays_the_default():
