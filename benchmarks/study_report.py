@@ -84,6 +84,7 @@ QUESTIONS = [
         "FlagEmbedding's defaults (batch 8, 3 epochs, rate 5e-5, τ 0.02)": "FlagEmbedding",
         "sentence-transformers, our batch and rate, 10 epochs": "sentence-transformers, our settings",
         "the original recipe": "original", "the original recipe, halfway back": "original / halfway",
+        "the original recipe, as its loop ran, halfway back": "faulty schedule / halfway",
         "ours: fine-tuned": "default", "ours: merged": "default / halfway"}),
 ]
 # fmt: on
