@@ -101,14 +101,17 @@ def packed_attention(module, query, key, value, attention_mask, layout, scaling=
 
     layout: the row's Layout. Registered with transformers' AttentionInterface as "packed".
     """
+    kind = query.dtype
     if query.device.type == "cpu":
         way = attention_by_runs
+        if kind == torch.bfloat16 and module.training:  # the backward pass is four times faster in fp32
+            query, key, value = query.float(), key.float(), value.float()
     elif has_flash(query) and not dropout:  # torch's variable-length attention knows no dropout
         way = flash_attention
     else:
         way = rectangular_attention
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    return way(q, k, v, layout, scaling, dropout).unsqueeze(0), None
+    return way(q, k, v, layout, scaling, dropout).unsqueeze(0).to(kind), None
 
 
 def has_flash(query):
@@ -127,9 +130,6 @@ def flash_attention(query, key, value, layout, scaling, dropout):
 
 def attention_by_runs(query, key, value, layout, scaling, dropout):
     """One call for each run of texts of equal length; (tokens, heads, d) in and out."""
-    kind = query.dtype
-    if kind == torch.bfloat16:  # torch 2.13 on a CPU: attention's backward pass is four times faster in fp32
-        query, key, value = query.float(), key.float(), value.float()
     results, sizes = [], [count * length for _, count, length in layout.runs]
     parts = zip(*(x.split(sizes) for x in (query, key, value)), layout.runs, strict=True)
     for *qkv, (_, count, length) in parts:
@@ -137,7 +137,7 @@ def attention_by_runs(query, key, value, layout, scaling, dropout):
         with torch.autocast("cpu", enabled=False):
             out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
         results.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(results).to(kind)
+    return torch.cat(results)
 
 
 def rectangular_attention(query, key, value, layout, scaling, dropout):
