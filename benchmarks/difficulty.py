@@ -113,7 +113,7 @@ def with_sibling(records, families, train):
 
 def recall_and_mrr(scores, queries, pool):
     pool = np.array(pool)
-    # A tie counts against the searcher, as in notebook 01: a few codes of MBPP differ in white space alone.
+    # A tie counts against the searcher, as in notebook 01: some codes of MBPP differ in space or case alone.
     ranks = np.array([np.sum(scores[row, pool] >= scores[row, row]) for row in queries])
     return {"recall_at_1": float(np.mean(ranks == 1)), "mrr": float(np.mean(1 / ranks))}
 

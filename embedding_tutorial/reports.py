@@ -10,7 +10,7 @@ import pandas as pd
 
 from .encoder import Encoder, embed, save_model, weights_file
 from .files import TutorialError, only_process, read_json, relative, require_disk, write_json
-from .finetune import bootstrap_interval, mix
+from .finetune import bootstrap_interval, mix, sign_flip_test
 from .pairs import answers_of, read_rewrites, with_rewrites
 from .profiles import rewrites_path
 from .runs import is_complete, keep_weights_only, run_size_gb
@@ -214,13 +214,18 @@ def differences(rows, name):
 
 
 def verdict(rows, kind):
-    """What the intervals say of "merged": "a gain on code, no clear change elsewhere". kind: "code"."""
-    places = {"code": f"on {kind}", "general": "elsewhere"}
-    found = {side: "a gain" if low > 0 else "a loss" if high < 0 else "no clear change"
-             for side, (_, low, high) in differences(rows, "merged").items()}  # fmt: skip
-    if len({*found.values()}) == 1:
-        return f"{found['code']} {' or '.join(places.values())}"
-    return ", ".join(f"{found[side]} {place}" for side, place in places.items())
+    """What can be said of "merged": "a gain on code, no clear change elsewhere". kind: "code".
+
+    A change is clear where its interval leaves out 0 and p is below 0.05.
+    """
+    found, first = [], next(iter(rows.values()))["each"]
+    for side, (_, low, high) in differences(rows, "merged").items():
+        clear = sign_flip_test(rows["merged"]["each"][side] - first[side]) < 0.05
+        found.append("a gain" if clear and low > 0 else "a loss" if clear and high < 0 else "no clear change")
+    places = f"on {kind}", "elsewhere"
+    if found[0] == found[1]:
+        return f"{found[0]} {(' or ' if found[0] == 'no clear change' else ' and ').join(places)}"
+    return ", ".join(f"{what} {place}" for what, place in zip(found, places, strict=True))
 
 
 def bill(rows, path, task):

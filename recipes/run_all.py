@@ -85,10 +85,10 @@ def findings(rows):
                 change, p = finetune.bootstrap_interval(new - old), finetune.sign_flip_test(new - old)
                 what, verdict = f"{before} → {after} ({mode})", "better" if change[0] > 0 else "worse"
                 score = f"MRR {old.mean():.3f} → {new.mean():.3f}, {interval(change, sign=True)}, p = {p:.4f}"
-                if p < 0.05:
+                if p < 0.05 and not change[1] <= 0 <= change[2]:
                     found.append(f"{what}: {score}: {verdict}.")
                 else:
-                    unclear.append(f"{what} {change[0]:+.3f}")
+                    unclear.append(f"{what} {interval(change, sign=True)}")
     return found + [f"No difference that these queries can show: {'; '.join(unclear)}."] * bool(unclear)
 
 

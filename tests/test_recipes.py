@@ -1045,7 +1045,7 @@ def test_results_are_gathered_from_the_steps(tmp_path, monkeypatch):
     text = run_all.README.read_text(encoding="utf-8")
     assert text.startswith("above") and text.endswith("below\n")
     assert all(part(results) in text for part in run_all.PARTS.values())
-    assert "MiniLM, ready-made → dense (dense) +0.167;" in text
+    assert "MiniLM, ready-made → dense (dense) +0.167 [" in text
     assert "| query | `a \\| b` |" in text and "2 negatives more" in text
     assert "| 10 | 18 | 204 | 203 |" in text and "| 50 | 4 | 204 | 203 |" in text
     assert "| 0 | 204 | 204 | 203 | 204 | 0.0 |" in text and 0 < results["batches"]["50"][1] < 4

@@ -94,3 +94,32 @@ def test_below_counts_the_scores_that_fell_and_names_the_worst():
     tables = {name: {"ndcg": {"@1": one, "@10": ten}} for name, (one, ten) in scores.items()}
     assert reports.below(tables, "a") == "2 of 2 scores, by 0.100 at most"
     assert reports.below(tables, "b") == "0 of 2 scores"
+
+
+def scored(code, general):
+    each = {"code": np.array(code), "general": np.array(general)}
+    return {"each": each, **{side: (values.mean(), 0.0, 1.0) for side, values in each.items()}}
+
+
+def test_the_bill_compares_query_by_query(tmp_path):
+    base, up = [0.5, 0.25, 1.0, 0.5] * 5, [0.6, 0.35, 1.1, 0.6] * 5
+    rows = {"base": scored(base, up), "merged": scored(up, base)}
+    table = reports.bill(rows, tmp_path / "bill.json", "a task")
+    assert list(table.columns) == ["code MRR", "code − base", "general nDCG@10", "general − base"]
+    assert table.loc["merged", "code − base"] == "+0.100 [+0.100, +0.100]"
+    assert table.loc["merged", "general − base"] == "-0.100 [-0.100, -0.100]"
+    assert list(table.loc["base", ["code − base", "general − base"]]) == ["", ""]
+    saved = read_json(tmp_path / "bill.json")["models"]["merged"]
+    np.testing.assert_allclose(saved["code - base"], 0.1)
+
+
+def test_a_title_says_what_the_intervals_say():
+    base, up, mixed = [0.5] * 20, [0.6] * 20, [0.4, 0.6] * 10
+    for code, general, said in (
+        (up, mixed, "a gain on code, no clear change elsewhere"),
+        (mixed, [0.4] * 20, "no clear change on code, a loss elsewhere"),
+        (mixed, mixed, "no clear change on code or elsewhere"),
+        (up, up, "a gain on code and elsewhere"),
+        ([0.5] * 16 + [0.6] * 4, up, "no clear change on code, a gain elsewhere"),  # 0.02 [+0.005, …], p 0.13
+    ):
+        assert reports.verdict({"base": scored(base, base), "merged": scored(code, general)}, "code") == said
