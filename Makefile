@@ -64,5 +64,5 @@ python-version:
 
 .venv/.dev: .venv/.run requirements-dev.txt recipes/requirements.txt
 	$(PIP) -r requirements-dev.txt
-	$(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null || true  # some packages keep templates that are no Python
+	$(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null || true  # torch keeps a file in a newer Python's syntax
 	touch $@

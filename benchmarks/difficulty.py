@@ -27,6 +27,7 @@ from sentence_transformers import SentenceTransformer
 
 from embedding_tutorial.assets import pocket_model_path
 from embedding_tutorial.files import write_json
+from embedding_tutorial.finetune import mrr, rank_of_positive, recall_at_1
 from embedding_tutorial.pocket_task import LANGUAGES, SPLIT, PocketT2, read_language
 
 MBPP_PLACES = (ROOT / "data" / "sanitized-mbpp.json", ROOT.parent / "shared" / "data" / "sanitized-mbpp.json")
@@ -112,10 +113,9 @@ def with_sibling(records, families, train):
 
 
 def recall_and_mrr(scores, queries, pool):
-    pool = np.array(pool)
-    # A tie counts against the searcher, as in notebook 01: some codes of MBPP differ in space or case alone.
-    ranks = np.array([np.sum(scores[row, pool] >= scores[row, row]) for row in queries])
-    return {"recall_at_1": float(np.mean(ranks == 1)), "mrr": float(np.mean(1 / ranks))}
+    # A tie counts against the searcher: some codes of MBPP differ in space or case alone.
+    ranks = rank_of_positive(scores[np.ix_(queries, pool)], [pool.index(row) for row in queries])
+    return {"recall_at_1": recall_at_1(ranks), "mrr": mrr(ranks)}
 
 
 def measure_retrieval(task, model):

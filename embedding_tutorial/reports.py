@@ -207,24 +207,26 @@ def original_recipe(pairs):
     return {"original article": tuple(bootstrap_interval(v) for v in values)}
 
 
+def is_clear(change, p):
+    """Whether a paired difference is more than chance: its interval leaves out 0, and p is below 0.05."""
+    return p < 0.05 and not change[1] <= 0 <= change[2]
+
+
 def differences(rows, name):
-    """{"code" or "general": (mean, low, high)} of a model against the first one, paired by query."""
+    """{"code" or "general": (queries,)}: a model's scores minus those of the first one, query by query."""
     first = next(iter(rows.values()))["each"]
-    return {side: bootstrap_interval(rows[name]["each"][side] - first[side]) for side in first}
+    return {side: rows[name]["each"][side] - first[side] for side in first}
 
 
 def verdict(rows, kind):
-    """What can be said of "merged": "a gain on code, no clear change elsewhere". kind: "code".
-
-    A change is clear where its interval leaves out 0 and p is below 0.05.
-    """
-    found, first = [], next(iter(rows.values()))["each"]
-    for side, (_, low, high) in differences(rows, "merged").items():
-        clear = sign_flip_test(rows["merged"]["each"][side] - first[side]) < 0.05
-        found.append("a gain" if clear and low > 0 else "a loss" if clear and high < 0 else "no clear change")
+    """What can be said of "merged": "a gain on code, no clear change elsewhere". kind: "code"."""
+    found = []
+    for difference in differences(rows, "merged").values():
+        clear = is_clear(bootstrap_interval(difference), sign_flip_test(difference))
+        found.append("no clear change" if not clear else "a gain" if difference.mean() > 0 else "a loss")
     places = f"on {kind}", "elsewhere"
     if found[0] == found[1]:
-        return f"{found[0]} {(' or ' if found[0] == 'no clear change' else ' and ').join(places)}"
+        return f"{found[0]} {(' and ' if clear else ' or ').join(places)}"
     return ", ".join(f"{what} {place}" for what, place in zip(found, places, strict=True))
 
 
@@ -234,12 +236,12 @@ def bill(rows, path, task):
     rows: {model: {"code": interval, "general": interval, "each": {"code": (queries,), "general": …}}}, the
     base first.
     """
-    table, plain = {}, {}
+    base, table, plain = next(iter(rows)), {}, {}
     for name, row in rows.items():
-        change = differences(rows, name)
-        table[name], plain[name] = {}, {side: row[side] for side in change}
+        table[name], plain[name] = {}, {side: row[side] for side in row["each"]}
+        change = {side: bootstrap_interval(each) for side, each in differences(rows, name).items()}
         for side, metric in (("code", "MRR"), ("general", "nDCG@10")):
-            shown = interval(change[side], sign=True) if len(table) > 1 else ""
+            shown = "" if name == base else interval(change[side], sign=True)
             table[name] |= {f"{side} {metric}": interval(row[side]), f"{side} − base": shown}
             plain[name][f"{side} - base"] = change[side]
     write_json(path, {"task": task, "models": plain})

@@ -17,7 +17,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from embedding_tutorial import batches, files, finetune, pairs  # noqa: E402
 from embedding_tutorial.files import ROOT, atomic_file, markdown_table, read_json, relative, write_json  # noqa: E402
-from embedding_tutorial.reports import interval, shortened  # noqa: E402
+from embedding_tutorial.reports import interval, is_clear, shortened  # noqa: E402
 from recipes import compare, data, dense, raw_bert, steps, unified  # noqa: E402
 
 NOTEBOOK = ROOT / "models" / "MiniLM-finetuned" / "merged"
@@ -83,12 +83,12 @@ def findings(rows):
             if (before, mode) in ranks and (after, mode) in ranks:
                 old, new = 1 / ranks[before, mode], 1 / ranks[after, mode]
                 change, p = finetune.bootstrap_interval(new - old), finetune.sign_flip_test(new - old)
-                what, verdict = f"{before} → {after} ({mode})", "better" if change[0] > 0 else "worse"
-                score = f"MRR {old.mean():.3f} → {new.mean():.3f}, {interval(change, sign=True)}, p = {p:.4f}"
-                if p < 0.05 and not change[1] <= 0 <= change[2]:
-                    found.append(f"{what}: {score}: {verdict}.")
+                what, shown = f"{before} → {after} ({mode})", interval(change, sign=True)
+                if is_clear(change, p):
+                    score = f"MRR {old.mean():.3f} → {new.mean():.3f}, {shown}, p = {p:.4f}"
+                    found.append(f"{what}: {score}: {'better' if change[0] > 0 else 'worse'}.")
                 else:
-                    unclear.append(f"{what} {interval(change, sign=True)}")
+                    unclear.append(f"{what} {shown}")
     return found + [f"No difference that these queries can show: {'; '.join(unclear)}."] * bool(unclear)
 
 

@@ -24,7 +24,7 @@ def intervals(rows, title, path, xlabel, reference, reference_label, source=None
             look = st.MODELS.get(row["label"], {"color": st.NAVY, "marker": "o"})
             st.error_bar(ax, triple, y, st.BLUE, 2.5, zorder=3, **st.point_style(look))
             sign = "+" if reference == 0 else ""  # a bound just below 0 keeps its sign: it decides
-            note = "{0:{3}.3f}  [{1:{3}.3f}, {2:{3}.3f}]".format(*triple, sign).replace("-", "−")
+            note = "{}  [{}, {}]".format(*(f"{value:{sign}.3f}".replace("-", "−") for value in triple))
             ax.annotate(note, (1.02, y), xycoords=("axes fraction", "data"), va="center")
         ax.axvline(reference, color=st.RUST, ls="--", lw=1.4, zorder=1, label=reference_label)
         st.rows_down(ax, [row["label"] for row in group])
